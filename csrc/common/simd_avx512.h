@@ -58,7 +58,7 @@ inline void store16_f32(void* p, DType dtype, int64_t i, __m512 v, __mmask16 mas
 }
 
 // The first `count` of 16 elements, 0 <= count <= 16 after clamping.
-inline __mmask16 mask16(int64_t count) {
+inline __mmask16 tail_mask16(int64_t count) {
   return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
 }
 
