@@ -1,0 +1,48 @@
+"""setuptools' build backend, which asks for torch, cmake and ninja only where the target environment has none.
+
+Inside pip's isolated build the packages of the target environment are hidden from import, but still on disk.
+"""
+
+import importlib.util
+import os
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import build_meta
+from setuptools.build_meta import *  # noqa: F403
+
+
+def find_torch() -> Path | None:
+    """Folder of the torch to build against: ALIGNOPS_TORCH_ROOT, else importable, else installed beside the interpreter."""
+    if root := os.environ.get("ALIGNOPS_TORCH_ROOT"):
+        return Path(root)
+    spec = importlib.util.find_spec("torch")
+    found = [Path(path) for path in spec.submodule_search_locations or []] if spec else []
+    folders = [sysconfig.get_path("platlib"), *site.getsitepackages(), site.getusersitepackages()]
+    candidates = [*found, *(Path(folder) / "torch" for folder in folders)]
+    return next((path for path in candidates if (path / "include/torch/csrc/stable").is_dir()), None)
+
+
+def find_tool(name: str) -> str | None:
+    """Path of a program that runs. A script of a Python package does not, where that package is hidden."""
+    beside = shutil.which(name, path=str(Path(sys.executable).parent))
+    for tool in (shutil.which(name), beside):
+        if tool and subprocess.run([tool, "--version"], capture_output=True).returncode == 0:
+            return tool
+    return None
+
+
+def get_requires_for_build_wheel(config_settings: dict | None = None) -> list[str]:
+    """What the build needs beyond pyproject.toml's list."""
+    requires = build_meta.get_requires_for_build_wheel(config_settings)
+    requires += [] if find_torch() else ["torch>=2.11"]
+    requires += [] if find_tool("cmake") else ["cmake>=3.24"]
+    requires += [] if find_tool("ninja") else ["ninja"]
+    return requires
+
+
+get_requires_for_build_editable = get_requires_for_build_wheel

@@ -1,0 +1,52 @@
+// alignops._C: controls of the native library. Loading it registers the operators of every core
+// with torch.
+#include <pybind11/pybind11.h>
+
+#include "common/isa.h"
+#include "ternary/kernels.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::tuple available_isas() {
+  py::list names;
+  for (int level = 0; level < alignops::kNumIsas; ++level) {
+    const auto isa = static_cast<alignops::Isa>(level);
+    if (alignops::isa_supported(isa)) names.append(alignops::isa_name(isa));
+  }
+  return py::tuple(names);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = ALIGNOPS_COMPILER;
+  info["build_type"] = ALIGNOPS_BUILD_TYPE;
+  info["torch"] = ALIGNOPS_BUILD_TORCH;
+  info["torch_target"] = ALIGNOPS_TORCH_FLOOR;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native library of alignops.";
+  m.def(
+      "active_isa", [] { return alignops::isa_name(alignops::active_isa()); },
+      "Instruction set in use.");
+  m.def("available_isas", &available_isas, "Instruction sets of this machine, slowest first.");
+  m.def(
+      "set_isa", [](const std::string& name) { alignops::set_isa(name.c_str()); }, py::arg("name"),
+      "Choose the instruction set of all following calls; ValueError lists the choices.");
+  m.def(
+      "cpu_layout",
+      [] {
+        const auto* t = alignops::ternary::kernels().linear;
+        return t ? static_cast<int>(t->layout) : 0;
+      },
+      "Layout of packed ternary weights that the active instruction set reads.");
+  m.def("self_test_failure", &alignops::ternary::self_test_failure,
+        "Name of a kernel family that disagreed with the scalar code and was replaced by a slower "
+        "one, or None.");
+  m.def("build_info", &build_info, "Compiler, build type and torch version of the build.");
+}

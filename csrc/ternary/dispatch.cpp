@@ -1,0 +1,59 @@
+#include "common/isa.h"
+#include "ternary/kernels.h"
+#include "ternary/self_test.h"
+
+namespace alignops::ternary {
+// BOOTSTRAP
+extern const QuantizeKernels kQuantizeScalar __attribute__((weak)),
+    kQuantizeAvx2 __attribute__((weak)), kQuantizeAvx512 __attribute__((weak));
+extern const LinearKernels kLinearScalar __attribute__((weak)), kLinearAvx2 __attribute__((weak)),
+    kLinearAvx512 __attribute__((weak));
+extern const Int8Kernels kInt8Scalar __attribute__((weak)), kInt8Avx2 __attribute__((weak)),
+    kInt8Avx512 __attribute__((weak));
+namespace {
+
+// One table per level. A family of kernels that disagrees with the scalar one keeps the tables of
+// the level below.
+struct Tables {
+  Kernels levels[kNumIsas];
+  const char* failure = nullptr;
+
+  Tables() noexcept {
+    levels[0] = {&kQuantizeScalar, &kLinearScalar, &kInt8Scalar};
+    for (int level = 1; level < kNumIsas; ++level) levels[level] = levels[0];
+#if defined(__x86_64__)
+    add(Isa::kAvx2, {&kQuantizeAvx2, &kLinearAvx2, &kInt8Avx2});
+    add(Isa::kAvx512, {&kQuantizeAvx512, &kLinearAvx512, &kInt8Avx512});
+#endif
+  }
+
+  void add(Isa isa, const Kernels& candidate) noexcept {
+    const int level = static_cast<int>(isa);
+    levels[level] = levels[level - 1];
+    if (!isa_supported(isa)) return;
+    const auto choose = [&](auto member, bool agrees, const char* message) {
+      if (candidate.*member == nullptr) return;  // BOOTSTRAP
+      if (agrees) {
+        levels[level].*member = candidate.*member;
+      } else if (failure == nullptr) {
+        failure = message;
+      }
+    };
+    choose(&Kernels::quantize, agrees_with_scalar(*candidate.quantize), "ternary quantization");
+    choose(&Kernels::linear, agrees_with_scalar(*candidate.linear), "ternary linear");
+    choose(&Kernels::int8, agrees_with_scalar(*candidate.int8), "ternary int8 head");
+  }
+};
+
+const Tables& tables() noexcept {
+  static const Tables instance;
+  return instance;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return tables().levels[static_cast<int>(active_isa())]; }
+
+const char* self_test_failure() { return tables().failure; }
+
+}  // namespace alignops::ternary
