@@ -1,0 +1,1 @@
+"""Benchmarks of alignops: `python -m benchmarks.report` from a source checkout."""

@@ -1,0 +1,138 @@
+"""What this machine can do at best, measured: read bandwidth by thread count, rates of the limiting instructions.
+
+    python -m benchmarks.roofline
+
+Bandwidth is the best median over a few access patterns of plain vector loads from a buffer of 512 MiB (no copy, no
+store), in the same kind of memory the weights live in (`torch.empty`). Rates are of one core, registers only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import platform
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import native
+
+BUFFER_BYTES = 512 << 20
+WEIGHTS_PER_LOOKUP = {
+    "vpermw": 32 * 4,
+    "vpshufb": 16 * 4,
+}  # one T5W lookup; a pair of T2P lookups counts as two
+MACS_PER_DOT = {"vpdpbusd": 64, "vpmaddubsw": 32}
+
+
+def cpu_name() -> str:
+    """Model name of the CPU with its family and stepping, as the kernel reports them."""
+    fields: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines():
+            key, _, value = line.partition(":")
+            fields[key.strip()] = value.strip()
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = fields.get("model name", platform.machine())
+    return f"{name} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
+
+
+def cpu_flags() -> set[str]:
+    """Instruction set flags of the first CPU."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    for line in text.splitlines():
+        if line.startswith("flags"):
+            return set(line.split(":", 1)[1].split())
+    return set()
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Measured limits of this machine with `threads` threads; rates are of all threads together."""
+
+    threads: int
+    bandwidth: float  # bytes/s, reading
+    rates: dict[str, float]  # instructions/s by mnemonic
+
+    def floor(self, bytes_moved: float, lookups: float = 0.0, macs: float = 0.0) -> float:
+        """Seconds below which no implementation of this traffic and work can go on this machine."""
+        times = [bytes_moved / self.bandwidth]
+        if lookups:
+            key = "vpermw" if "vpermw" in self.rates else "vpshufb"
+            per_instruction = 32 if key == "vpermw" else 16
+            if key in self.rates:
+                times.append(lookups / per_instruction / self.rates[key])
+        if macs:
+            key = "vpdpbusd" if "vpdpbusd" in self.rates else "vpmaddubsw"
+            if key in self.rates:
+                times.append(macs / MACS_PER_DOT[key] / self.rates[key])
+        return max(times)
+
+
+@functools.cache
+def _buffer() -> torch.Tensor:
+    return torch.empty(BUFFER_BYTES, dtype=torch.uint8).fill_(1)
+
+
+def read_bandwidth(threads: int, repeats: int = 7) -> float:
+    """Bytes per second that `threads` threads read from memory: the best pattern's median pass."""
+    library = native.load("probe")
+    library.probe_read.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_void_p,
+    ]
+    seconds = np.zeros(repeats)
+    best = 0.0
+    for streams in (1, 2, 4, 8):
+        library.probe_read(
+            _buffer().data_ptr(), BUFFER_BYTES, threads, streams, repeats, seconds.ctypes.data
+        )
+        best = max(best, BUFFER_BYTES / float(np.median(seconds)))
+    return best
+
+
+@functools.cache
+def instruction_rates(seconds: float = 0.1) -> dict[str, float]:
+    """Instructions per second of one core, for those this CPU has. `t5w_*` is the register-only instruction mix of
+    the AVX-512 lookup (3 permutes, 2 shifts or multiplications, 3 adds), counted in permutes."""
+    flags = cpu_flags()
+    wanted = []
+    if {"avx512bw", "avx512vl", "avx512_vnni"} <= flags:
+        wanted += ["vpermw", "t5w_shift", "t5w_multiply", "vpdpbusd", "fma512"]
+    if {"avx2", "fma"} <= flags:
+        wanted += ["vpshufb", "vpmaddubsw", "fma256"]
+    library = native.load("probe") if wanted else None
+    rates = {}
+    for name in wanted:
+        probe = getattr(library, f"probe_{name}")
+        probe.restype, probe.argtypes = ctypes.c_double, [ctypes.c_double]
+        rates[name] = max(probe(seconds) for _ in range(3))
+    return rates
+
+
+def measure(threads: int) -> Roofline:
+    """Measures bandwidth and rates now."""
+    rates = {name: threads * rate for name, rate in instruction_rates().items()}
+    return Roofline(threads, read_bandwidth(threads), rates)
+
+
+def main() -> None:
+    print(cpu_name())
+    for name, rate in instruction_rates().items():
+        print(f"{name:12s} {rate / 1e9:6.2f} G/s on one core")
+    for threads in sorted({1, torch.get_num_threads()}):
+        print(f"read         {read_bandwidth(threads) / 1e9:6.1f} GB/s with {threads} thread(s)")
+
+
+if __name__ == "__main__":
+    main()
