@@ -1,8 +1,8 @@
 // Element access shared by the scalar kernels.
 #pragma once
 
-#include "../../common/float16.h"
-#include "../kernels.h"
+#include "common/float16.h"
+#include "ternary/kernels.h"
 
 namespace alignops::ternary {
 namespace {
