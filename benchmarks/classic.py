@@ -1,4 +1,4 @@
-"""The usual AVX2 lookup kernel (`native/classic_lookup.cpp`) as a contestant for ours, one thread."""
+"""The usual AVX2 lookup kernel (`native/classic_lookup.cpp`) as a contestant, one thread."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _REVERSED = np.array([int(f"{i:08b}"[::-1], 2) for i in range(256)], np.uint8)
 
 
 def pack(idx: torch.Tensor, sign: torch.Tensor) -> np.ndarray:
-    """Canonical planes (n, k/8) and (n, k/32) -> tiles of 32 rows x 32 columns; n % 32 == k % 32 == 0."""
+    """Canonical planes (n, k/8), (n, k/32) -> tiles of 32 rows x 32 columns, which must fit."""
     n, tiles = sign.shape
     codes = idx.numpy().reshape(n // 32, 32, tiles, 4).transpose(0, 2, 3, 1)
     signs = _REVERSED[sign.numpy()].reshape(n // 32, 32, tiles, 1).transpose(0, 2, 3, 1)

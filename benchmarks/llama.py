@@ -1,6 +1,7 @@
-"""llama.cpp as a whole decoder: greedy tokens through `llama-cpp-python`'s shared library, without its Python layers.
+"""llama.cpp as a whole decoder, through the shared library of `llama-cpp-python`.
 
-Only `llama_decode` and an argmax over the logits stand in the timed loop, so Python costs llama.cpp next to nothing.
+Only `llama_decode` and an argmax over the logits stand in the timed loop, so Python costs llama.cpp
+next to nothing.
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from __future__ import annotations
 import ctypes
 import time
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
 FILE_TYPES = {"Q4_0": 2, "TQ1_0": 36, "TQ2_0": 37, "Q8_0": 7}
 
 
-def _library():  # noqa: ANN202 - a module whose import prints nothing only after the log is silenced
+def _library() -> ModuleType:
     import llama_cpp
 
     global _silence
@@ -26,7 +28,8 @@ def _library():  # noqa: ANN202 - a module whose import prints nothing only afte
 def requantize(source: Path, target: Path, kind: str, threads: int) -> Path:
     """Writes `source` as a GGUF of file type `kind`, unless `target` exists already.
 
-    Tensors whose rows do not fit the blocks of `kind` (256 columns for TQ1_0 and TQ2_0) get llama.cpp's own fallback.
+    Tensors whose rows do not fit the blocks of `kind` (256 columns for TQ1_0 and TQ2_0) get
+    llama.cpp's own fallback.
     """
     if target.exists():
         return target
@@ -71,7 +74,7 @@ class LlamaDecoder:
         return int(np.ctypeslib.as_array(logits, (self._vocabulary,)).argmax())
 
     def generate(self, prompt: list[int], new_tokens: int) -> tuple[list[int], float]:
-        """Returns the tokens after `prompt` and the seconds per token of all but the first of them."""
+        """Returns the tokens after `prompt`, and seconds per token of all but the first."""
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
         tokens = [self._next(prompt)]
         start = time.perf_counter()

@@ -19,7 +19,7 @@ FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread")
 
 @functools.cache
 def load(name: str) -> ctypes.CDLL:
-    """Returns `native/<name>.cpp` as a loaded library; compiles it if its text or the flags changed.
+    """Returns `native/<name>.cpp` as a library, compiled anew if its text or the flags changed.
 
     Raises:
         RuntimeError: no C++ compiler, or the source does not compile.

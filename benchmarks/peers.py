@@ -1,9 +1,10 @@
 """The alternatives a user has today, behind one interface: `prepare(...) -> Runner`.
 
 * torch: `F.linear` in bfloat16, and dynamic int8 (`torch.ops.quantized.linear_dynamic`).
-* llama.cpp, called through the shared library of the PyPI package `llama-cpp-python`: `ggml_mul_mat` on TQ1_0, TQ2_0
-  and Q4_0 weights, the latter also in its repacked buffer type. All copies of a cold ring stand in one graph, so that
-  llama.cpp pays its thread start once per pass, as in a real decode step.
+* llama.cpp, called through the shared library of the PyPI package `llama-cpp-python`:
+  `ggml_mul_mat` on TQ1_0, TQ2_0 and Q4_0 weights, the latter also in its repacked buffer type. All
+  copies of a cold ring stand in one graph, so that llama.cpp pays its thread start once per pass,
+  as in a real decode step.
 
 Every peer is compared with a float32 product of its own dequantized weights before it is timed.
 """
@@ -70,7 +71,7 @@ def _check(name: str, got: torch.Tensor, expected: torch.Tensor, tolerance: floa
         raise RuntimeError(f"{name} is off by {error:.3f} (relative) from its own weights")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # llama.cpp
 
 
@@ -149,7 +150,7 @@ def ggml() -> _Ggml | None:
 
 
 class GgmlLinear:
-    """A ring of equal quantized weights and the graph that multiplies each of them with one input."""
+    """A ring of equal quantized weights and the graph that multiplies each with one input."""
 
     def __init__(
         self,

@@ -1,9 +1,10 @@
-"""What this machine can do at best, measured: read bandwidth by thread count, rates of the limiting instructions.
+"""What this machine can do at best, measured: read bandwidth and instruction rates.
 
     python -m benchmarks.roofline
 
-Bandwidth is the best median over a few access patterns of plain vector loads from a buffer of 512 MiB (no copy, no
-store), in the same kind of memory the weights live in (`torch.empty`). Rates are of one core, registers only.
+Bandwidth is the best median over a few access patterns of plain vector loads from a buffer of 512
+MiB (no copy, no store), in the same kind of memory the weights live in (`torch.empty`). Rates are
+of one core, registers only.
 """
 
 from __future__ import annotations
@@ -20,10 +21,6 @@ import torch
 from benchmarks import native
 
 BUFFER_BYTES = 512 << 20
-WEIGHTS_PER_LOOKUP = {
-    "vpermw": 32 * 4,
-    "vpshufb": 16 * 4,
-}  # one T5W lookup; a pair of T2P lookups counts as two
 MACS_PER_DOT = {"vpdpbusd": 64, "vpmaddubsw": 32}
 
 
@@ -103,8 +100,11 @@ def read_bandwidth(threads: int, repeats: int = 7) -> float:
 
 @functools.cache
 def instruction_rates(seconds: float = 0.1) -> dict[str, float]:
-    """Instructions per second of one core, for those this CPU has. `t5w_*` is the register-only instruction mix of
-    the AVX-512 lookup (3 permutes, 2 shifts or multiplications, 3 adds), counted in permutes."""
+    """Instructions per second of one core, for those this CPU has.
+
+    `t5w_*` is the register-only instruction mix of the AVX-512 lookup (3 permutes, 2 shifts or
+    multiplications, 3 adds), counted in permutes.
+    """
     flags = cpu_flags()
     wanted = []
     if {"avx512bw", "avx512vl", "avx512_vnni"} <= flags:

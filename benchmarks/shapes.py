@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A decoder; `linears` are the (out, in) shapes of one layer, `head` that of the output projection."""
+    """A decoder: `linears` are the (out, in) shapes of one layer, `head` the output's."""
 
     name: str
     layers: int
@@ -44,7 +44,8 @@ MODELS = {
     )
 }
 
-# Single matrices (out, in) of the models above: the gate/up and down projections of the 1B, 3B and 8B models.
+# Single matrices (out, in) of the models above: the gate/up and down projections of the 1B, 3B and
+# 8B models.
 MATRICES = ((8192, 2048), (2048, 8192), (8192, 3072), (4096, 4096), (14336, 4096))
 
 

@@ -1,4 +1,4 @@
-"""Timing discipline: alternate the contestants, take medians, let no thread pool of one disturb the next."""
+"""Timing discipline: contestants alternate, medians count, thread pools settle between turns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SETTLE_SECONDS = (
 
 @dataclasses.dataclass
 class Runner:
-    """One contestant: `run()` performs `calls` equal operations; `weight_bytes` is the weight traffic of one of them."""
+    """One contestant: `run()` performs `calls` equal operations of `weight_bytes` each."""
 
     name: str
     run: Callable[[], object]
@@ -31,16 +31,17 @@ class Runner:
 
 
 def ring_length(weight_bytes: int, cold: bool) -> int:
-    """How many distinct copies of a weight one pass visits: one if hot, more than 256 MiB of them if cold."""
+    """How many distinct copies of a weight one pass visits: 256 MiB of them if cold."""
     return COLD_BYTES // weight_bytes + 1 if cold else 1
 
 
 def alternate(
     runners: Sequence[Runner], rounds: int, seconds_per_turn: float = 0.05
 ) -> dict[str, float]:
-    """Median seconds per operation of each runner; turns alternate, and who begins rotates from round to round.
+    """Median seconds per operation of each runner; who begins rotates from round to round.
 
-    A turn is at least one pass and about `seconds_per_turn` long, after a pause and one pass that is not timed.
+    A turn is at least one pass and about `seconds_per_turn` long, after a pause and one pass that
+    is not timed.
     """
     passes = {}
     for runner in runners:
