@@ -31,17 +31,17 @@ struct Tables {
     const int level = static_cast<int>(isa);
     levels[level] = levels[level - 1];
     if (!isa_supported(isa)) return;
-    const auto choose = [&](auto member, bool agrees, const char* message) {
+    const auto choose = [&](auto member, const char* family) {
       if (candidate.*member == nullptr) return;  // BOOTSTRAP
-      if (agrees) {
+      if (agrees_with_scalar(*(candidate.*member))) {
         levels[level].*member = candidate.*member;
       } else if (failure == nullptr) {
-        failure = message;
+        failure = family;
       }
     };
-    choose(&Kernels::quantize, agrees_with_scalar(*candidate.quantize), "ternary quantization");
-    choose(&Kernels::linear, agrees_with_scalar(*candidate.linear), "ternary linear");
-    choose(&Kernels::int8, agrees_with_scalar(*candidate.int8), "ternary int8 head");
+    choose(&Kernels::quantize, "ternary quantization");
+    choose(&Kernels::linear, "ternary linear");
+    choose(&Kernels::int8, "ternary int8");
   }
 };
 
