@@ -13,14 +13,17 @@ import ctypes
 import dataclasses
 import functools
 import platform
+import statistics
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from benchmarks import native
+from benchmarks.timing import Runner
 
 BUFFER_BYTES = 512 << 20
+PATTERNS = (1, 2, 4, 8)  # cursors per thread
 MACS_PER_DOT = {"vpdpbusd": 64, "vpmaddubsw": 32}
 
 
@@ -77,25 +80,36 @@ def _buffer() -> torch.Tensor:
     return torch.empty(BUFFER_BYTES, dtype=torch.uint8).fill_(1)
 
 
+def read_runner(threads: int, streams: int) -> Runner:
+    """One pass of reading the buffer as a contestant, so that shares are of the same minute."""
+    probe, seconds = native.load("probe").probe_read, np.zeros(1)
+
+    def run() -> None:
+        probe(
+            ctypes.c_void_p(_buffer().data_ptr()),
+            ctypes.c_size_t(BUFFER_BYTES),
+            ctypes.c_int(threads),
+            ctypes.c_int(streams),
+            ctypes.c_int(1),
+            ctypes.c_void_p(seconds.ctypes.data),
+        )
+
+    return Runner("read", run, 1, BUFFER_BYTES)
+
+
 def read_bandwidth(threads: int, repeats: int = 7) -> float:
     """Bytes per second that `threads` threads read from memory: the best pattern's median pass."""
-    library = native.load("probe")
-    library.probe_read.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_size_t,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_void_p,
-    ]
-    seconds = np.zeros(repeats)
-    best = 0.0
-    for streams in (1, 2, 4, 8):
-        library.probe_read(
-            _buffer().data_ptr(), BUFFER_BYTES, threads, streams, repeats, seconds.ctypes.data
-        )
-        best = max(best, BUFFER_BYTES / float(np.median(seconds)))
-    return best
+    return max(_bandwidth(threads, streams, repeats) for streams in PATTERNS)
+
+
+def best_pattern(threads: int) -> int:
+    """Number of cursors per thread that reads fastest."""
+    return max(PATTERNS, key=lambda streams: _bandwidth(threads, streams, 5))
+
+
+def _bandwidth(threads: int, streams: int, repeats: int) -> float:
+    runner = read_runner(threads, streams)
+    return BUFFER_BYTES / statistics.median(runner.seconds(1) for _ in range(repeats))
 
 
 @functools.cache

@@ -8,9 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 COLD_BYTES = 256 << 20  # a ring of copies this large outlives the caches of any CPU we know
-SETTLE_SECONDS = (
-    0.01  # worker threads of an OpenMP pool spin for a few milliseconds after their last region
-)
+SETTLE_SECONDS = 0.01  # workers of an OpenMP pool spin for milliseconds after their last region
 
 
 @dataclasses.dataclass
@@ -40,8 +38,8 @@ def alternate(
 ) -> dict[str, float]:
     """Median seconds per operation of each runner; who begins rotates from round to round.
 
-    A turn is at least one pass and about `seconds_per_turn` long, after a pause and one pass that
-    is not timed.
+    A turn is at least one pass and about `seconds_per_turn` long, after a pause and a pass that is
+    not timed.
     """
     passes = {}
     for runner in runners:

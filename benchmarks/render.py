@@ -1,0 +1,142 @@
+"""Results as text and as a picture; input is the document that `report` writes as JSON."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def bars(document: dict[str, Any]) -> str:
+    """The claims: measured value against bar, hit or missed."""
+    rows = [
+        [
+            bar["what"],
+            bar["case"],
+            f"{_number(bar['value'])} {bar['unit']}".strip(),
+            _number(bar["bar"]),
+            "hit" if bar["hit"] else "**missed**",
+            bar["note"],
+        ]
+        for bar in document["bars"]
+    ]
+    return _table(["what", "case", "measured", "bar", "", "note"], rows)
+
+
+def measurements(document: dict[str, Any]) -> str:
+    """Medians by case."""
+    cases: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for entry in document["measurements"]:
+        if entry["name"] != "read":
+            cases[entry["case"]].append(entry)
+    parts = []
+    for case, entries in cases.items():
+        rows = []
+        for entry in sorted(entries, key=lambda e: e["seconds"]):
+            seconds = entry["seconds"]
+            if case.startswith("SmolLM2"):
+                time = f"{1 / seconds:.1f} tokens/s"
+            else:
+                time = f"{seconds * 1e6:.1f} us" if seconds < 1e-2 else f"{seconds * 1e3:.1f} ms"
+            ratio = f"{entry['ratio']:.2f}" if entry["ratio"] else ""
+            rows.append([entry["name"], time, ratio])
+        parts.append(f"### {case}\n\n" + _table(["", "median", "floor / median"], rows))
+    return "\n\n".join(parts)
+
+
+def markdown(document: dict[str, Any], picture: str) -> str:
+    """The whole report."""
+    facts = document["environment"]
+    limits = [
+        [
+            str(threads),
+            f"{entry['read_GBps']:.1f}",
+            ", ".join(f"{name} {rate:.2f}" for name, rate in entry["rates_Gps"].items()),
+        ]
+        for threads, entry in facts["limits"].items()
+    ]
+    absent = ", ".join(facts["absent"]) or "nothing"
+    hits = sum(bar["hit"] for bar in document["bars"])
+    return f"""# Ternary core: measured figures
+
+{facts["cpu"]}, {facts["cores"]} cores, best instruction set {facts["isa"]};
+alignops {facts["alignops"]}, torch {facts["torch"]}, Python {facts["python"]};
+{facts["date"]}, {facts["minutes"]} minutes{", quick run" if facts["quick"] else ""}; load average
+before the run {facts["load_before"]:.2f}. Absent: {absent}.
+
+Medians of alternating turns in one process. *Cold*: a pass visits more than 256 MiB of distinct
+copies of the weight. *Hot*: one weight, again and again. llama.cpp computes a whole pass in one
+graph; alignops and torch are called from Python once per product. `floor / median` compares with
+the larger of traffic over measured read bandwidth and work over measured instruction rate.
+
+## Limits of this machine
+
+{_table(["threads", "read GB/s", "instructions, G/s"], limits)}
+
+![roofline]({picture})
+
+## Bars: {hits} of {len(document["bars"])} reached
+
+{bars(document)}
+
+## All medians
+
+{measurements(document)}
+"""
+
+
+def plot(document: dict[str, Any], path: Path) -> None:
+    """Roofline, one panel per thread count: work per second over work per byte of weights."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    limits = document["environment"]["limits"]
+    figure, panels = pyplot.subplots(1, len(limits), figsize=(7 * len(limits), 5), squeeze=False)
+    styles = {
+        "alignops a8g": "o",
+        "alignops none": "s",
+        "torch bf16": "^",
+        "torch int8 dynamic": "v",
+    }
+    for panel, (threads, entry) in zip(panels[0], limits.items(), strict=True):
+        intensity = [10 ** (i / 20) for i in range(-10, 84)]
+        for name, per_instruction in (("vpermw", 128), ("vpdpbusd", 64), ("fma512", 16)):
+            if name in entry["rates_Gps"]:
+                peak = entry["rates_Gps"][name] * per_instruction
+                roof = [min(peak, entry["read_GBps"] * i) for i in intensity]
+                panel.plot(intensity, roof, linewidth=1, label=f"limit: {name}")
+        points: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
+        for m in document["measurements"]:
+            if m["threads"] != int(threads) or not m["shape"] or m["name"].startswith("classic"):
+                continue
+            if "AVX2" in m["case"] or not m["weight_bytes"] or (m["m"] == 1 and not m["cold"]):
+                continue
+            work = m["m"] * m["shape"][0] * m["shape"][1]
+            if m["name"] != "read":
+                points[m["name"]][0].append(work / m["weight_bytes"])
+                points[m["name"]][1].append(work / m["seconds"] / 1e9)
+        for name, (x, y) in points.items():
+            panel.plot(x, y, styles.get(name, "x"), label=name, alpha=0.8)
+        panel.set(
+            xscale="log",
+            yscale="log",
+            xlabel="multiply-adds per byte of weights",
+            ylabel="G multiply-adds / s",
+            title=f"{threads} thread{'s' * (int(threads) > 1)}, {entry['read_GBps']:.0f} GB/s read",
+        )
+        panel.grid(alpha=0.3, which="both")
+        panel.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
