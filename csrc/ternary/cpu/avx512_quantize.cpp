@@ -1,0 +1,309 @@
+// AVX-512 quantizer: 16 blocks (64 columns) at a time, one register per lane of the blocks, one
+// 32-bit element per block.
+//
+// Stride 16 has this shape in memory; stride 1 is transposed on the way in and out (8 shuffles).
+// What a block becomes is kept in mask registers: two bits of z and one sign per lane, from which
+// the code's bits follow by logic. The scale needs a whole group, so fake_quant visits a group
+// twice; the second visit finds it in the cache. Bytes per weight: quantize reads sizeof(w) and
+// writes 5/32; fake_quant reads sizeof(w) and writes sizeof(out).
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../../common/simd_avx512.h"
+#include "../kernels.h"
+
+namespace alignops::ternary {
+namespace {
+
+struct Lanes {
+  __m512 v[4];
+};
+
+// What 16 blocks become: z = 2 * z1 + z0, and which values are negative.
+struct Choice {
+  __mmask16 z1, z0;
+  __mmask16 zero[4], negative[4];
+};
+
+__mmask16 mask_of(int bits) { return static_cast<__mmask16>(bits); }
+
+// Natural column order (v[i]: columns 16i..16i+15) to lane order, and back.
+[[gnu::always_inline]] inline Lanes to_lanes(const Lanes& c) {
+  const __m512i even = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
+  const __m512i odd = _mm512_setr_epi32(2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31);
+  const __m512 a = _mm512_permutex2var_ps(c.v[0], even, c.v[1]),
+               b = _mm512_permutex2var_ps(c.v[2], even, c.v[3]);
+  const __m512 d = _mm512_permutex2var_ps(c.v[0], odd, c.v[1]),
+               e = _mm512_permutex2var_ps(c.v[2], odd, c.v[3]);
+  return {{_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee),
+           _mm512_shuffle_f32x4(d, e, 0x44), _mm512_shuffle_f32x4(d, e, 0xee)}};
+}
+
+[[gnu::always_inline]] inline Lanes to_columns(const Lanes& l) {
+  const __m512i first = _mm512_setr_epi32(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
+  const __m512i second =
+      _mm512_setr_epi32(4, 12, 20, 28, 5, 13, 21, 29, 6, 14, 22, 30, 7, 15, 23, 31);
+  const __m512 a = _mm512_shuffle_f32x4(l.v[0], l.v[1], 0x44),
+               b = _mm512_shuffle_f32x4(l.v[2], l.v[3], 0x44);
+  const __m512 c = _mm512_shuffle_f32x4(l.v[0], l.v[1], 0xee),
+               d = _mm512_shuffle_f32x4(l.v[2], l.v[3], 0xee);
+  return {{_mm512_permutex2var_ps(a, first, b), _mm512_permutex2var_ps(a, second, b),
+           _mm512_permutex2var_ps(c, first, d), _mm512_permutex2var_ps(c, second, d)}};
+}
+
+// Up to 64 columns from element i on, 0 beyond `count`.
+template <DType kType, int64_t kStride>
+[[gnu::always_inline]] inline Lanes load_lanes(const void* w, int64_t i, int64_t count) {
+  Lanes c;
+  if (count >= 64) {
+    for (int j = 0; j < 4; ++j) c.v[j] = load16_f32(w, kType, i + 16 * j);
+  } else {
+    for (int j = 0; j < 4; ++j)
+      c.v[j] = load16_f32(w, kType, i + 16 * j, tail_mask16(count - 16 * j));
+  }
+  return kStride == 1 ? to_lanes(c) : c;
+}
+
+template <int64_t kStride>
+[[gnu::always_inline]] inline void store_lanes(void* out, DType dtype, int64_t i, int64_t count, const Lanes& lanes) {
+  const Lanes c = kStride == 1 ? to_columns(lanes) : lanes;
+  if (count >= 64) {
+    for (int j = 0; j < 4; ++j) store16_f32(out, dtype, i + 16 * j, c.v[j]);
+  } else {
+    for (int j = 0; j < 4; ++j)
+      store16_f32(out, dtype, i + 16 * j, c.v[j], tail_mask16(count - 16 * j));
+  }
+}
+
+// `count` columns of the 64 exist. If they end inside a block, its missing lanes count as smaller
+// than anything; whole missing blocks are zeros, which become code 0.
+[[gnu::always_inline]] inline Choice choose(const Lanes& l, int64_t count) {
+  const __m512i absolute = _mm512_set1_epi32(0x7fffffff);
+  __m512i m[4];
+  for (int p = 0; p < 4; ++p) m[p] = _mm512_and_si512(_mm512_castps_si512(l.v[p]), absolute);
+  if (count < 64 && count % 4 != 0) {
+    const __mmask16 block = mask_of(1 << count / 4);
+    for (int64_t p = count % 4; p < 4; ++p)
+      m[p] = _mm512_mask_mov_epi32(m[p], block, _mm512_set1_epi32(-1));
+  }
+  const __mmask16 low = _mm512_cmplt_epi32_mask(m[1], m[0]),
+                  high = _mm512_cmplt_epi32_mask(m[3], m[2]);
+  Choice c;
+  c.z1 = _mm512_cmplt_epi32_mask(_mm512_min_epi32(m[2], m[3]), _mm512_min_epi32(m[0], m[1]));
+  c.z0 = mask_of((c.z1 & high) | (~c.z1 & low));
+  c.zero[0] = mask_of(~(c.z1 | c.z0));
+  c.zero[1] = mask_of(~c.z1 & c.z0);
+  c.zero[2] = mask_of(c.z1 & ~c.z0);
+  c.zero[3] = mask_of(c.z1 & c.z0);
+  for (int p = 0; p < 4; ++p)
+    c.negative[p] = _mm512_cmp_ps_mask(l.v[p], _mm512_setzero_ps(), _CMP_LT_OQ);
+  return c;
+}
+
+// Partial sums of kept |w|, one double per block modulo 16.
+struct Partial {
+  __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+
+  void add(const Lanes& l, const Choice& c) {
+    __m512d a = _mm512_setzero_pd(), b = _mm512_setzero_pd();
+    for (int p = 0; p < 4; ++p) {
+      const __m512 kept = _mm512_maskz_mov_ps(mask_of(~c.zero[p]), _mm512_abs_ps(l.v[p]));
+      a = _mm512_add_pd(a, _mm512_cvtps_pd(_mm512_castps512_ps256(kept)));
+      b = _mm512_add_pd(b, _mm512_cvtps_pd(_mm512_extractf32x8_ps(kept, 1)));
+    }
+    low = _mm512_add_pd(low, a);
+    high = _mm512_add_pd(high, b);
+  }
+
+  // Mean over the kept lanes of `columns` columns; not finite if one of the weights is not.
+  float mean(int64_t columns) const {
+    const __m512d s8 = _mm512_add_pd(low, high);
+    const __m256d s4 = _mm256_add_pd(_mm512_castpd512_pd256(s8), _mm512_extractf64x4_pd(s8, 1));
+    const __m128d s2 = _mm_add_pd(_mm256_castpd256_pd128(s4), _mm256_extractf128_pd(s4, 1));
+    const double sum = _mm_cvtsd_f64(_mm_add_sd(s2, _mm_unpackhi_pd(s2, s2)));
+    return static_cast<float>(sum / static_cast<double>(columns / 4 * 3 + columns % 4));
+  }
+};
+
+// 16 codes to 8 idx bytes and 2 sign bytes; half of them if only 8 blocks are asked for.
+void store_codes(const Choice& c, uint8_t* idx, uint8_t* sign, bool half) {
+  const __mmask16* n = c.negative;
+  const int s = (c.zero[0] & n[1]) | (~c.zero[0] & n[0]);
+  const int second = (c.z1 & n[1]) | (~c.z1 & n[2]);
+  const int third = (c.zero[3] & n[2]) | (~c.zero[3] & n[3]);
+  __m512i v = _mm512_maskz_set1_epi32(mask_of(s ^ second), 1);
+  v = _mm512_mask_or_epi32(v, mask_of(s ^ third), v, _mm512_set1_epi32(2));
+  v = _mm512_mask_or_epi32(v, c.z0, v, _mm512_set1_epi32(4));
+  v = _mm512_mask_or_epi32(v, c.z1, v, _mm512_set1_epi32(8));
+  const __m128i bytes = _mm512_cvtepi64_epi8(_mm512_or_si512(v, _mm512_srli_epi64(v, 28)));
+  if (half) {
+    _mm_storeu_si32(idx, bytes);
+    sign[0] = static_cast<uint8_t>(s);
+  } else {
+    _mm_storeu_si64(idx, bytes);
+    _mm_storeu_si16(sign, _mm_cvtsi32_si128(s));
+  }
+}
+
+bool nonfinite(const void* w, DType dtype, int64_t i) {
+  if (dtype == DType::kFloat32) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, static_cast<const float*>(w) + i, sizeof bits);
+    return (bits & 0x7f800000U) == 0x7f800000U;
+  }
+  const int exponent = dtype == DType::kBFloat16 ? 0x7f80 : 0x7c00;
+  return (static_cast<const uint16_t*>(w)[i] & exponent) == exponent;
+}
+
+void report_nonfinite(const QuantizeArgs& a, int64_t row, QuantizeOut& out) {
+  for (int64_t c = 0; c < a.k; ++c)
+    if (nonfinite(a.w, a.dtype, row * a.ld + c)) {
+      ++out.nonfinite;
+      if (row * a.k + c < out.first) out.first = row * a.k + c;
+    }
+}
+
+bool is_finite(float v) { return v - v == 0.0f; }
+
+template <DType kType, int64_t kStride>
+void quantize_rows(const QuantizeArgs& a, QuantizeOut& out, int64_t row_begin, int64_t row_end) {
+  const int64_t padded = round_up(ceil_div(a.k, 4), 8), groups = ceil_div(a.k, a.group);
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    uint8_t* idx = out.idx + row * (padded / 2);
+    uint8_t* sign = out.sign + row * (padded / 8);
+    bool finite = true;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t begin = g * a.group, end = begin + a.group < a.k ? begin + a.group : a.k;
+      Partial partial;
+      for (int64_t c = begin; c < end; c += 64) {
+        const Lanes l = load_lanes<kType, kStride>(a.w, row * a.ld + c, end - c);
+        const Choice choice = choose(l, end - c);
+        partial.add(l, choice);
+        store_codes(choice, idx + c / 8, sign + c / 32, end - c <= 32);
+      }
+      const float scale = partial.mean(end - begin);
+      finite = finite && is_finite(scale);
+      out.scale[row * groups + g] = scale;
+    }
+    if (!finite) report_nonfinite(a, row, out);
+  }
+}
+
+template <DType kType, int64_t kStride>
+void fake_quant_rows(const FakeQuantArgs& a, int64_t row_begin, int64_t row_end) {
+  const QuantizeArgs& in = a.in;
+  const __m512 lambda = _mm512_set1_ps(a.lambda);
+  for (int64_t row = row_begin; row < row_end; ++row)
+    for (int64_t begin = 0; begin < in.k; begin += in.group) {
+      const int64_t end = begin + in.group < in.k ? begin + in.group : in.k;
+      Partial partial;
+      for (int64_t c = begin; c < end; c += 64) {
+        const Lanes l = load_lanes<kType, kStride>(in.w, row * in.ld + c, end - c);
+        partial.add(l, choose(l, end - c));
+      }
+      const float scale = partial.mean(end - begin);
+      const __m512 plus = _mm512_set1_ps(scale), minus = _mm512_set1_ps(-scale),
+                   zero = _mm512_set1_ps(scale * 0.0f);
+      for (int64_t c = begin; c < end; c += 64) {
+        Lanes l = load_lanes<kType, kStride>(in.w, row * in.ld + c, end - c);
+        const Choice choice = choose(l, end - c);
+        for (int p = 0; p < 4; ++p) {
+          __m512 t = _mm512_mask_mov_ps(plus, choice.negative[p], minus);
+          t = _mm512_mask_mov_ps(t, choice.zero[p], zero);
+          l.v[p] = _mm512_add_ps(t, _mm512_mul_ps(lambda, l.v[p]));
+        }
+        store_lanes<kStride>(a.out, a.out_dtype, row * in.k + c, end - c, l);
+      }
+    }
+}
+
+// Lane p of all 32 codes as floats, two registers per lane.
+struct Codebook {
+  __m512 v[4][2];
+
+  Codebook() {
+    const uint32_t lanes[4] = {0xAAAAAA55U, 0x222255AAU, 0x0A552222U,
+                               0x550A0A0AU};  // 2 bits per idx: value + 1
+    const __m512i shift = _mm512_slli_epi32(
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 1);
+    for (int p = 0; p < 4; ++p) {
+      const __m512i two = _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(lanes[p])), shift);
+      const __m512i t =
+          _mm512_sub_epi32(_mm512_and_si512(two, _mm512_set1_epi32(3)), _mm512_set1_epi32(1));
+      v[p][0] = _mm512_cvtepi32_ps(t);
+      v[p][1] = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_setzero_si512(), t));
+    }
+  }
+};
+
+__m512i load_codes(const uint8_t* idx, const uint8_t* sign, bool half) {
+  const __m128i bytes = half ? _mm_loadu_si32(idx) : _mm_loadu_si64(idx);
+  const int s = half ? sign[0] : sign[0] | sign[1] << 8;
+  const __m512i pairs = _mm512_cvtepu8_epi64(bytes);
+  const __m512i v =
+      _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi64(pairs, 28)), _mm512_set1_epi32(15));
+  return _mm512_mask_or_epi32(v, mask_of(s), v, _mm512_set1_epi32(16));
+}
+
+template <int64_t kStride>
+void dequantize_rows(const DequantizeArgs& a, int64_t row_begin, int64_t row_end) {
+  const int64_t padded = round_up(ceil_div(a.k, 4), 8), groups = ceil_div(a.k, a.group);
+  const Codebook book;
+  for (int64_t row = row_begin; row < row_end; ++row)
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t begin = g * a.group, end = begin + a.group < a.k ? begin + a.group : a.k;
+      const __m512 scale = _mm512_set1_ps(a.scale[row * groups + g]);
+      for (int64_t c = begin; c < end; c += 64) {
+        const __m512i code = load_codes(a.idx + row * (padded / 2) + c / 8,
+                                        a.sign + row * (padded / 8) + c / 32, end - c <= 32);
+        Lanes l;
+        for (int p = 0; p < 4; ++p)
+          l.v[p] = _mm512_mul_ps(scale, _mm512_permutex2var_ps(book.v[p][0], code, book.v[p][1]));
+        store_lanes<kStride>(a.out, a.out_dtype, row * a.k + c, end - c, l);
+      }
+    }
+}
+
+template <int64_t kStride>
+void quantize_stride(const QuantizeArgs& a, QuantizeOut& out, int64_t begin, int64_t end) {
+  switch (a.dtype) {
+    case DType::kBFloat16:
+      return quantize_rows<DType::kBFloat16, kStride>(a, out, begin, end);
+    case DType::kFloat16:
+      return quantize_rows<DType::kFloat16, kStride>(a, out, begin, end);
+    default:
+      return quantize_rows<DType::kFloat32, kStride>(a, out, begin, end);
+  }
+}
+
+void quantize(const QuantizeArgs& a, QuantizeOut& out, int64_t begin, int64_t end) {
+  a.stride == 1 ? quantize_stride<1>(a, out, begin, end) : quantize_stride<16>(a, out, begin, end);
+}
+
+template <int64_t kStride>
+void fake_quant_stride(const FakeQuantArgs& a, int64_t begin, int64_t end) {
+  switch (a.in.dtype) {
+    case DType::kBFloat16:
+      return fake_quant_rows<DType::kBFloat16, kStride>(a, begin, end);
+    case DType::kFloat16:
+      return fake_quant_rows<DType::kFloat16, kStride>(a, begin, end);
+    default:
+      return fake_quant_rows<DType::kFloat32, kStride>(a, begin, end);
+  }
+}
+
+void fake_quant(const FakeQuantArgs& a, int64_t begin, int64_t end) {
+  a.in.stride == 1 ? fake_quant_stride<1>(a, begin, end) : fake_quant_stride<16>(a, begin, end);
+}
+
+void dequantize(const DequantizeArgs& a, int64_t begin, int64_t end) {
+  a.stride == 1 ? dequantize_rows<1>(a, begin, end) : dequantize_rows<16>(a, begin, end);
+}
+
+}  // namespace
+
+const QuantizeKernels kQuantizeAvx512 = {quantize, fake_quant, dequantize};
+
+}  // namespace alignops::ternary
