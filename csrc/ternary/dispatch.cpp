@@ -54,6 +54,12 @@ const Tables& tables() noexcept {
 
 const Kernels& kernels() { return tables().levels[static_cast<int>(active_isa())]; }
 
+const LinearKernels* linear_kernels(Layout layout) {
+  for (const Kernels& level : tables().levels)
+    if (level.linear->layout == layout) return level.linear;
+  return nullptr;
+}
+
 const char* self_test_failure() { return tables().failure; }
 
 }  // namespace alignops::ternary

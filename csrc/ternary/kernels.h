@@ -193,6 +193,8 @@ extern const Int8Kernels kInt8Scalar, kInt8Avx2, kInt8Avx512;
 // Table of the active ISA. Every variant is compared with the scalar one once, on first use; one that disagrees is
 // replaced by the next lower level and reported by `self_test_failure()`.
 const Kernels& kernels();
+// The kernels that read `layout` on this machine, whatever ISA is active, or null.
+const LinearKernels* linear_kernels(Layout layout);
 const char* self_test_failure();  // nullptr if all is well
 
 }  // namespace alignops::ternary

@@ -128,6 +128,27 @@ inline Rows as_rows(const Tensor& t, const char* op, const char* argument) {
   return {copy, copy.const_data_ptr(), dtype, rows, columns, columns};
 }
 
+struct Bias {
+  const void* data;  // null without a bias
+  DType dtype;
+};
+
+// A bias of n elements, float32 or of x's dtype.
+inline Bias as_bias(const std::optional<Tensor>& bias, const Tensor& x, int64_t n, const char* op) {
+  if (!bias.has_value()) return {nullptr, DType::kFloat32};
+  const bool same = bias->scalar_type() == x.scalar_type();
+  check_layout(*bias, same ? x.scalar_type() : ScalarType::Float, {n}, op, "bias");
+  return {bias->const_data_ptr(), float_dtype(bias->scalar_type(), op, "bias")};
+}
+
+// y of shape (..., n) for x of shape (..., k).
+inline Tensor new_output(const Tensor& x, int64_t n) {
+  const auto sizes = x.sizes();
+  std::vector<int64_t> y_sizes(sizes.begin(), sizes.end());
+  y_sizes.back() = n;
+  return torch::stable::new_empty(x, y_sizes);
+}
+
 // The intervals of a row's blocks that have one activation scale and one weight scale; `blocks`
 // includes padding. group >= k stands for one weight scale per row.
 inline std::vector<Segment> make_segments(int64_t k, int64_t blocks, int64_t group, Act act) {

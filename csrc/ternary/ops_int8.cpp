@@ -62,17 +62,9 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale,
   const Rows rows = as_rows(x, op, "x");
   ALIGNOPS_CHECK(rows.columns == k, op, ": x must have last dimension k=", k,
                  " (from weight), got shape ", shape_string(x.sizes()));
-  DType bias_dtype = DType::kFloat32;
-  if (bias.has_value()) {
-    bias_dtype = bias->scalar_type() == x.scalar_type() ? rows.dtype : DType::kFloat32;
-    check_layout(*bias, bias_dtype == DType::kFloat32 ? ScalarType::Float : x.scalar_type(), {n},
-                 op, "bias");
-  }
+  const Bias bias_arg = as_bias(bias, x, n, op);
 
-  const auto x_sizes = x.sizes();
-  std::vector<int64_t> y_sizes(x_sizes.begin(), x_sizes.end());
-  y_sizes.back() = n;
-  Tensor y = torch::stable::new_empty(x, y_sizes);
+  Tensor y = new_output(x, n);
   const int64_t m = rows.rows;
   if (m == 0 || n == 0) return y;
 
@@ -120,8 +112,8 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale,
                             slot_sum.data(),
                             act_scale.data(),
                             act_groups,
-                            bias.has_value() ? bias->const_data_ptr() : nullptr,
-                            bias_dtype,
+                            bias_arg.data,
+                            bias_arg.dtype,
                             y.mutable_data_ptr(),
                             rows.dtype,
                             n};

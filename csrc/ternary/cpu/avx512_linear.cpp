@@ -26,6 +26,7 @@ namespace {
 
 constexpr int64_t kLookupSlots = 3;  // with more slots, decode and dot is faster
 constexpr int64_t kPanel = 12;
+constexpr int64_t kPrefetchBytes = 24 * 1024;
 
 const uint8_t* tile_at(const LinearArgs& a, int64_t row_tile, int64_t block) {
   return a.packed + (row_tile * (a.blocks / kTileBlocks) + block / kTileBlocks) * kTileBytes;
@@ -93,6 +94,18 @@ template <typename F>
   }
 }
 
+// The hardware prefetcher loses the several short streams of a group of row tiles. The tensor is
+// contiguous, so the same place some groups further on is what will be needed about a microsecond
+// later.
+int64_t prefetch_distance(const LinearArgs& a, int64_t tiles) {
+  const int64_t group = tiles * (a.blocks / kTileBlocks) * kTileBytes;
+  return ceil_div(kPrefetchBytes, group) * group;
+}
+
+[[gnu::always_inline]] inline void prefetch(const uint8_t* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
+}
+
 // 32 float outputs of a row tile: rows 0..15 and 16..31.
 struct Rows {
   __m512 low, high;
@@ -117,13 +130,16 @@ template <int kTiles, int kSlots>
                                               const uint8_t* const (&row)[kTiles],
                                               const uint8_t* tables, int64_t begin, int64_t end,
                                               __m512i (&acc)[kSlots][kTiles]) {
-  const int64_t slot_bytes = a.blocks * 64;
+  const int64_t slot_bytes = a.blocks * 64, ahead = prefetch_distance(a, kTiles);
   for (auto& slot : acc)
     for (__m512i& v : slot) v = _mm512_setzero_si512();
   for_blocks(begin, end, [&](int64_t tile, auto block) __attribute__((always_inline)) {
     __m512i code[kTiles];
-    for (int r = 0; r < kTiles; ++r)
-      code[r] = code_word<decltype(block)::value, true>(row[r] + tile / kTileBlocks * kTileBytes);
+    for (int r = 0; r < kTiles; ++r) {
+      const uint8_t* words = row[r] + tile / kTileBlocks * kTileBytes;
+      if (block.value < 5) prefetch(words + ahead + 64 * block.value);
+      code[r] = code_word<decltype(block)::value, true>(words);
+    }
     for (int s = 0; s < kSlots; ++s) {
       const __m512i entries =
           _mm512_loadu_si512(tables + s * slot_bytes + (tile + block.value) * 64);
@@ -186,8 +202,10 @@ void lookup_slots(const LinearArgs& a, int64_t begin, int64_t end, int64_t slot)
 }
 
 void lookup(const LinearArgs& a, int64_t begin, int64_t end) {
-  const int64_t slots = a.act == Act::kA16 ? 2 * a.m : a.m;
-  for (int64_t slot = 0; slot < slots; slot += kLookupSlots) switch (slots - slot) {
+  const bool wide = a.act == Act::kA16;  // keep the two limbs of a token together
+  const int64_t slots = wide ? 2 * a.m : a.m, pass = wide ? 2 : kLookupSlots;
+  for (int64_t slot = 0; slot < slots; slot += pass)
+    switch (slots - slot < pass ? slots - slot : pass) {
       case 1:
         lookup_slots<1>(a, begin, end, slot);
         break;
@@ -199,8 +217,7 @@ void lookup(const LinearArgs& a, int64_t begin, int64_t end) {
     }
 }
 
-// -- 32-bit lanes: rows 2i and 2i+1 of a tile
-// --------------------------------------------------------------------------
+// --- 32-bit lanes: rows 2i and 2i+1 of a tile
 
 struct Pair {
   __m512 even, odd;
@@ -224,6 +241,7 @@ Rows join(Pair p) {
 template <int kTiles>
 void lookup_f32_tiles(const LinearArgs& a, int64_t row_tile, int64_t token) {
   const uint8_t* tables = a.tables + token * a.blocks * 128;
+  const int64_t ahead = prefetch_distance(a, kTiles);
   Pair out[kTiles] = {};
   for (int64_t i = 0; i < a.num_segments; ++i) {
     const Segment& s = a.segments[i];
@@ -232,8 +250,9 @@ void lookup_f32_tiles(const LinearArgs& a, int64_t row_tile, int64_t token) {
       const uint8_t* table = tables + (tile + block.value) * 128;
       const __m512 plus = _mm512_loadu_ps(table), minus = _mm512_loadu_ps(table + 64);
       for (int r = 0; r < kTiles; ++r) {
-        const __m512i even =
-            code_word<decltype(block)::value, true>(tile_at(a, row_tile + r, tile));
+        const uint8_t* words = tile_at(a, row_tile + r, tile);
+        if (block.value < 5) prefetch(words + ahead + 64 * block.value);
+        const __m512i even = code_word<decltype(block)::value, true>(words);
         const __m512i odd = _mm512_srli_epi32(even, 16);
         acc[r].even = _mm512_add_ps(acc[r].even, _mm512_permutex2var_ps(plus, even, minus));
         acc[r].odd = _mm512_add_ps(acc[r].odd, _mm512_permutex2var_ps(plus, odd, minus));
