@@ -63,10 +63,10 @@ def decode_step(model: Model, layers: int | None = None) -> Runner:
             x = torch.randn(1, k, generator=torch.Generator().manual_seed(0)).bfloat16()
             steps.append((x, weights if len(weights) > 1 else weights[0]))
     n, k = model.head
-    q, scale = ternary.ops.ternary_int8_quantize(random_weight(n, k, torch.bfloat16))
+    q, scale = ternary.ops.int8_quantize(random_weight(n, k, torch.bfloat16))
     nbytes += n * k + 4 * n
     x = torch.randn(1, k, generator=torch.Generator().manual_seed(0)).bfloat16()
-    call, head = alignops.ternary_linear, ternary.ops.ternary_int8_linear
+    call, head = alignops.ternary_linear, ternary.ops.int8_linear
 
     def run() -> None:
         for step_x, weight in steps:
@@ -97,11 +97,12 @@ def fake_quant(weight: torch.Tensor, ours: bool) -> Runner:
     k = w.shape[1]
 
     def run() -> None:
-        if ours:
-            y = ternary.ops.ternary_fake_quant(w, lam, k, 1, torch.float32)
-        else:
-            y = topk_fake_quant(w, lam)
-        torch.autograd.grad(y, w, upstream)
+        with torch.enable_grad():
+            if ours:
+                y = ternary.ops.ternary_fake_quant(w, lam, k, 1, torch.float32)
+            else:
+                y = topk_fake_quant(w, lam)
+            torch.autograd.grad(y, w, upstream)
 
     return Runner("alignops" if ours else "top-k reference", run, 1, w.numel() * 4)
 

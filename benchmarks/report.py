@@ -304,8 +304,7 @@ def training(report: Report) -> Iterator[str]:
             contestants.fake_quant(weight, True),
             contestants.fake_quant(weight, False),
         )
-        with torch.enable_grad():
-            s = report.time(case, [ours, reference], threads)
+        s = report.time(case, [ours, reference], threads)
         report.bar("fake-quant against top-k", case, s[reference.name] / s[ours.name], 5, "x")
 
 
