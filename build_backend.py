@@ -1,6 +1,7 @@
-"""setuptools' build backend, which asks for torch, cmake and ninja only where the target environment has none.
+"""setuptools' build backend; asks for torch, cmake and ninja only where the environment has none.
 
-Inside pip's isolated build the packages of the target environment are hidden from import, but still on disk.
+Inside pip's isolated build the packages of the target environment cannot be imported, but they are
+still on disk.
 """
 
 import importlib.util
@@ -17,18 +18,24 @@ from setuptools.build_meta import *  # noqa: F403
 
 
 def find_torch() -> Path | None:
-    """Folder of the torch to build against: ALIGNOPS_TORCH_ROOT, else importable, else installed beside the interpreter."""
+    """Folder of the torch to build against.
+
+    That is ALIGNOPS_TORCH_ROOT, else the torch that can be imported, else the one installed beside
+    the interpreter.
+    """
     if root := os.environ.get("ALIGNOPS_TORCH_ROOT"):
         return Path(root)
     spec = importlib.util.find_spec("torch")
     found = [Path(path) for path in spec.submodule_search_locations or []] if spec else []
     folders = [sysconfig.get_path("platlib"), *site.getsitepackages(), site.getusersitepackages()]
     candidates = [*found, *(Path(folder) / "torch" for folder in folders)]
-    return next((path for path in candidates if (path / "include/torch/csrc/stable").is_dir()), None)
+    return next(
+        (path for path in candidates if (path / "include/torch/csrc/stable").is_dir()), None
+    )
 
 
 def find_tool(name: str) -> str | None:
-    """Path of a program that runs. A script of a Python package does not, where that package is hidden."""
+    """Path of a program that runs; a script of a package that cannot be imported does not."""
     beside = shutil.which(name, path=str(Path(sys.executable).parent))
     for tool in (shutil.which(name), beside):
         if tool and subprocess.run([tool, "--version"], capture_output=True).returncode == 0:

