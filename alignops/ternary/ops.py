@@ -1,0 +1,475 @@
+"""Ternary operators: thin functions over `torch.ops.alignops.ternary_*`, with their fake kernels and gradients.
+
+Shape letters: N rows (outputs), K columns (inputs), M tokens, B8 = ceil(K/4) blocks rounded up to 8, G columns per
+scale group, ng = ceil(K/G). The fake kernels make the checks of the native code, with the same type and argument.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from torch import Tensor
+
+from alignops import _native
+
+if TYPE_CHECKING:
+    from alignops.ternary.weight import TernaryWeight
+
+#: Code of each activation mode; "auto" is one of them, see `ternary_linear`.
+ACTS = {"none": 0, "a8": 1, "a8g": 2, "a16": 3}
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Rows of a packed scale are padded to a multiple of this.
+ROW_PAD = 64
+# Widest K whose sums fit int32, by code of the mode.
+_MAX_COLUMNS = {1: 22_000_000, 2: 22_000_000, 3: 87_000}
+_INT8_MAX_COLUMNS = 131_072
+
+_op = torch.ops.alignops
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check(condition: bool, text: str) -> None:
+    if not condition:
+        raise ValueError(text)
+
+
+def _float_dtype(dtype: torch.dtype, op: str, argument: str) -> None:
+    _check(
+        dtype in FLOAT_DTYPES,
+        f"{op}: {argument} must be float32, bfloat16 or float16, got {dtype_name(dtype)}",
+    )
+
+
+def _layout(t: Tensor, dtype: torch.dtype, shape: tuple[int, ...], op: str, argument: str) -> None:
+    _check(t.dtype == dtype, f"{op}: {argument} must be {dtype_name(dtype)}, got {dtype_name(t.dtype)}")
+    _check(
+        t.dim() == len(shape) and all(a == b for a, b in zip(t.shape, shape, strict=True)),
+        f"{op}: {argument} must have shape {shape}, got {tuple(t.shape)}",
+    )
+    _check(t.is_contiguous(), f"{op}: {argument} must be contiguous, got strides {t.stride()}")
+
+
+def _matrix(w: Tensor, op: str) -> tuple[int, int]:
+    _check(w.dim() == 2, f"{op}: w must have shape (n, k), got {tuple(w.shape)}")
+    _float_dtype(w.dtype, op, "w")
+    return w.shape[0], w.shape[1]
+
+
+def check_group(k: int, group: int, stride: int, op: str) -> None:
+    _check(stride in (1, 16), f"{op}: stride must be 1 or 16, got {stride}")
+    _check(stride == 1 or k % 64 == 0, f"{op}: k must be a multiple of 64 for stride 16, got {k}")
+    unit = 32 if stride == 1 else 64
+    _check(
+        group == k or (0 < group < k and group % unit == 0),
+        f"{op}: group must be a multiple of {unit} below k={k}, or k, got {group}",
+    )
+
+
+def _act(act: int, op: str) -> None:
+    _check(0 <= act <= 3, f"{op}: act must be 0 (none), 1 (a8), 2 (a8g) or 3 (a16), got {act}")
+
+
+def _rows(x: Tensor, op: str, k: int, source: str) -> None:
+    _check(x.dim() >= 1, f"{op}: x must have at least one dimension, got a scalar")
+    _float_dtype(x.dtype, op, "x")
+    _check(x.shape[-1] == k, f"{op}: x must have last dimension K={k} ({source}), got shape {tuple(x.shape)}")
+
+
+def _bias(bias: Tensor | None, x: Tensor, n: int, op: str) -> None:
+    if bias is not None:
+        _layout(bias, x.dtype if bias.dtype == x.dtype else torch.float32, (n,), op, "bias")
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def plane_bytes(k: int) -> tuple[int, int]:
+    """Bytes of a row in the idx and the sign plane."""
+    blocks = 8 * ceil_div(k, 32)
+    return blocks // 2, blocks // 8
+
+
+# Quantize, dequantize
+
+
+def ternary_quantize(w: Tensor, group: int, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize w (N, K) to canonical planes and scales; `TernaryWeight.quantize` is the friendly form.
+
+    Returns idx uint8 (N, B8/2), sign uint8 (N, B8/8), scale float32 (N, ng). Raises ValueError where w holds NaN or Inf.
+    Not differentiable.
+    """
+    result: tuple[Tensor, Tensor, Tensor] = _op.ternary_quantize(w, group, stride)
+    return result
+
+
+@torch.library.register_fake("alignops::ternary_quantize")
+def _(w: Tensor, group: int, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+    op = "ternary_quantize"
+    n, k = _matrix(w, op)
+    _check(n > 0 and k > 0, f"{op}: w must not be empty, got shape {tuple(w.shape)}")
+    check_group(k, group, stride, op)
+    idx, sign = plane_bytes(k)
+    return (
+        w.new_empty((n, idx), dtype=torch.uint8),
+        w.new_empty((n, sign), dtype=torch.uint8),
+        w.new_empty((n, ceil_div(k, group)), dtype=torch.float32),
+    )
+
+
+def ternary_dequantize(
+    idx: Tensor, sign: Tensor, scale: Tensor, k: int, group: int, stride: int, dtype: torch.dtype
+) -> Tensor:
+    """scale * T as (N, K) in `dtype`, from canonical planes and float32 scales. Not differentiable."""
+    result: Tensor = _op.ternary_dequantize(idx, sign, scale, k, group, stride, dtype)
+    return result
+
+
+@torch.library.register_fake("alignops::ternary_dequantize")
+def _(idx: Tensor, sign: Tensor, scale: Tensor, k: int, group: int, stride: int, dtype: torch.dtype) -> Tensor:
+    op = "ternary_dequantize"
+    _check(idx.dim() == 2, f"{op}: idx must have shape (n, bytes), got {tuple(idx.shape)}")
+    _check(k > 0, f"{op}: k must be positive, got {k}")
+    check_group(k, group, stride, op)
+    n = idx.shape[0]
+    idx_bytes, sign_bytes = plane_bytes(k)
+    _layout(idx, torch.uint8, (n, idx_bytes), op, "idx")
+    _layout(sign, torch.uint8, (n, sign_bytes), op, "sign")
+    _layout(scale, torch.float32, (n, ceil_div(k, group)), op, "scale")
+    _float_dtype(dtype, op, "dtype")
+    return idx.new_empty((n, k), dtype=dtype)
+
+
+def ternary_fake_quant(w: Tensor, lam: Tensor, group: int, stride: int, dtype: torch.dtype) -> Tensor:
+    """Effective weight of Arenas, scale * T + lam * w, for w (N, K) and lam float32 ().
+
+    The gradient is the straight-through one, (1 + lam) g for every weight (arXiv 2601.07892, eq. 7-8).
+    """
+    result: Tensor = _op.ternary_fake_quant(w, lam, group, stride, dtype)
+    return result
+
+
+@torch.library.register_fake("alignops::ternary_fake_quant")
+def _(w: Tensor, lam: Tensor, group: int, stride: int, dtype: torch.dtype) -> Tensor:
+    op = "ternary_fake_quant"
+    n, k = _matrix(w, op)
+    _layout(lam, torch.float32, (), op, "lam")
+    check_group(k, group, stride, op)
+    _float_dtype(dtype, op, "dtype")
+    return w.new_empty((n, k), dtype=dtype)
+
+
+def _fake_quant_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    w, lam = inputs[:2]
+    ctx.save_for_backward(lam)
+    ctx.dtype = w.dtype
+
+
+def _fake_quant_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    (lam,) = ctx.saved_tensors
+    return ((1 + lam) * grad).to(ctx.dtype), None, None, None, None
+
+
+torch.library.register_autograd(
+    "alignops::ternary_fake_quant", _fake_quant_backward, setup_context=_fake_quant_context
+)
+
+
+
+# Packing for the kernels
+
+CUDA_LAYOUT = 3
+# Rows and blocks of a tile, by layout (csrc/ternary/kernels.h).
+_TILES = {0: (1, 8), 1: (32, 8), 2: (32, 16), 3: (32, 32)}
+
+
+def _packed_bytes(n: int, k: int, layout: int, op: str) -> int:
+    _check(layout in _TILES, f"{op}: layout must be 0, 1, 2 or 3 (CUDA), got {layout}")
+    rows, blocks = _TILES[layout]
+    return ceil_div(n, rows) * rows * ceil_div(k, 4 * blocks) * blocks * 5 // 8
+
+
+def ternary_prepack(idx: Tensor, sign: Tensor, k: int, layout: int) -> Tensor:
+    """Canonical planes to a kernel's layout, uint8 (bytes,): 5 bytes per 32 weights. Not differentiable."""
+    result: Tensor = _op.ternary_prepack(idx, sign, k, layout)
+    return result
+
+
+@torch.library.register_fake("alignops::ternary_prepack")
+def _(idx: Tensor, sign: Tensor, k: int, layout: int) -> Tensor:
+    op = "ternary_prepack"
+    _check(idx.dim() == 2, f"{op}: idx must have shape (n, bytes), got {tuple(idx.shape)}")
+    _check(k > 0, f"{op}: k must be positive, got {k}")
+    n = idx.shape[0]
+    idx_bytes, sign_bytes = plane_bytes(k)
+    _layout(idx, torch.uint8, (n, idx_bytes), op, "idx")
+    _layout(sign, torch.uint8, (n, sign_bytes), op, "sign")
+    return idx.new_empty((_packed_bytes(n, k, layout, op),))
+
+
+def ternary_unpack(packed: Tensor, n: int, k: int, layout: int) -> tuple[Tensor, Tensor]:
+    """Canonical planes idx (N, B8/2), sign (N, B8/8) of a packed weight. Not differentiable."""
+    result: tuple[Tensor, Tensor] = _op.ternary_unpack(packed, n, k, layout)
+    return result
+
+
+@torch.library.register_fake("alignops::ternary_unpack")
+def _(packed: Tensor, n: int, k: int, layout: int) -> tuple[Tensor, Tensor]:
+    op = "ternary_unpack"
+    _check(n > 0, f"{op}: n must be positive, got {n}")
+    _check(k > 0, f"{op}: k must be positive, got {k}")
+    _layout(packed, torch.uint8, (_packed_bytes(n, k, layout, op),), op, "packed")
+    idx_bytes, sign_bytes = plane_bytes(k)
+    return packed.new_empty((n, idx_bytes)), packed.new_empty((n, sign_bytes))
+
+
+
+# Matmul
+
+_AUTO = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 2}
+
+
+@overload
+def ternary_linear(
+    x: Tensor, weight: TernaryWeight, bias: Tensor | None = None, act: str = "auto"
+) -> Tensor: ...
+
+
+@overload
+def ternary_linear(
+    x: Tensor,
+    weight: Sequence[TernaryWeight],
+    bias: Sequence[Tensor | None] | None = None,
+    act: str = "auto",
+) -> tuple[Tensor, ...]: ...
+
+
+def ternary_linear(x: Tensor, weight: Any, bias: Any = None, act: str = "auto") -> Any:
+    """y = x W^T + bias with a ternary weight.
+
+    Args:
+        x: (..., K) float32, bfloat16 or float16.
+        weight: (N, K), or a sequence of weights of equal K, group and stride: one call computes all of them.
+        bias: (N,) float32 or x.dtype; for a sequence of weights a sequence of these, or of None.
+        act: how activations enter the products. "none": as they are, with float32 sums. "a8": int8, one scale per
+            token. "a8g": int8, one scale per token and 256 columns. "a16": 16 bits per token. "auto": "none" where x
+            is float32 or on a GPU or a gradient is needed, else "a8g".
+
+    Returns:
+        (..., N) in x.dtype, or a tuple of these. On the CPU the bits do not depend on the number of threads, on the
+        other rows of x, or on the instruction set. Differentiable in x and bias, as if activations were not rounded.
+
+    Raises:
+        TypeError: an argument is of a wrong Python type, or x is not float32, bfloat16 or float16.
+        ValueError: shapes do not fit, or act is unknown.
+
+    Source: arXiv 2601.07892, section 3.
+
+    Example:
+        >>> import torch, alignops
+        >>> w = alignops.ternary.quantize(torch.randn(8, 64))
+        >>> alignops.ternary_linear(torch.randn(3, 64), w).shape
+        torch.Size([3, 8])
+    """
+    # This is the hot path of decoding: the native code makes all checks it can make.
+    try:
+        auto, pack = _AUTO[x.dtype], weight._pack
+    except (AttributeError, KeyError):
+        return _linear_sequence(x, weight, bias, act)
+    if pack is None or pack[6] != _native.cpu_layout:
+        pack = weight.ready()
+    packed, scale, n, k, group, stride, layout = pack
+    if bias is not None and not isinstance(bias, Tensor):
+        raise TypeError(f"ternary_linear: bias must be a Tensor or None, got {type(bias).__name__}")
+    grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if act == "auto":
+        code = 0 if grad or layout == CUDA_LAYOUT else auto
+    else:
+        check_act(act, "ternary_linear")
+        code = ACTS[act]
+    if grad or torch.compiler.is_dynamo_compiling():
+        return _op.ternary_linear(x, packed, scale, bias, n, k, group, stride, code, layout)
+    with torch._C._AutoDispatchBelowAutograd():  # a registered gradient costs 3.6 us a call, this 0.5
+        return _op.ternary_linear(x, packed, scale, bias, n, k, group, stride, code, layout)
+
+
+def _linear_sequence(x: Tensor, weights: Any, bias: Any, act: str) -> tuple[Tensor, ...]:
+    check_activations(x, "ternary_linear")
+    if not isinstance(weights, (list, tuple)) or not all(hasattr(w, "_pack") for w in weights):
+        raise TypeError(
+            "ternary_linear: weight must be a TernaryWeight or a sequence of them, got "
+            f"{type(weights).__name__}"
+        )
+    biases = [None] * len(weights) if bias is None else list(bias)
+    _check(
+        len(biases) == len(weights),
+        f"ternary_linear: bias must have one entry per weight ({len(weights)}), got {len(biases)}",
+    )
+    fused = weights[0].fused_with(tuple(weights)) if weights else None
+    if fused is None:
+        return tuple(ternary_linear(x, w, b, act) for w, b in zip(weights, biases, strict=True))
+    return fused_outputs(x, fused, [w.shape[0] for w in weights], biases, act)
+
+
+def fused_outputs(
+    x: Tensor, weight: TernaryWeight, sizes: list[int], biases: list[Tensor | None], act: str
+) -> tuple[Tensor, ...]:
+    """`ternary_linear` of stacked weights of `sizes` rows, split."""
+    y = ternary_linear(x, weight, _cat_bias(biases, sizes, x), act)
+    ends = itertools.accumulate(sizes)
+    return tuple(y.narrow(-1, end - n, n) for end, n in zip(ends, sizes, strict=True))
+
+
+def _cat_bias(biases: list[Tensor | None], sizes: list[int], x: Tensor) -> Tensor | None:
+    if all(b is None for b in biases):
+        return None
+    return torch.cat([x.new_zeros(n) if b is None else b for b, n in zip(biases, sizes, strict=True)])
+
+
+def check_activations(x: Any, op: str) -> None:
+    """TypeError unless x is a float32, bfloat16 or float16 tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: x must be a Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: x must be float32, bfloat16 or float16, got {dtype_name(x.dtype)}")
+
+
+def check_act(act: str, op: str) -> None:
+    """ValueError unless act names a mode."""
+    _check(act in ("auto", *ACTS), f"{op}: act must be one of auto, {', '.join(ACTS)}, got {act!r}")
+
+
+@torch.library.register_fake("alignops::ternary_linear")
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    group: int,
+    stride: int,
+    act: int,
+    layout: int,
+) -> Tensor:
+    op = "ternary_linear"
+    _check(n > 0, f"{op}: n must be positive, got {n}")
+    _check(k > 0, f"{op}: k must be positive, got {k}")
+    check_group(k, group, stride, op)
+    _act(act, op)
+    needed = CUDA_LAYOUT if x.is_cuda else _native.cpu_layout
+    _check(layout == needed, f"{op}: packed must have the layout {needed}, got layout {layout}")
+    _rows(x, op, k, "from packed weight")
+    _layout(packed, torch.uint8, (_packed_bytes(n, k, layout, op),), op, "packed")
+    _layout(scale, torch.float32, (ceil_div(k, group), ROW_PAD * ceil_div(n, ROW_PAD)), op, "scale")
+    _bias(bias, x, n, op)
+    most = _MAX_COLUMNS.get(act, k)
+    _check(k <= most, f"{op}: k must be at most {most} in this mode, got {k}")
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, scale, bias, *ctx.shape, _, ctx.layout = inputs
+    ctx.save_for_backward(packed, scale)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    packed, scale = ctx.saved_tensors
+    n, k, group, stride = ctx.shape
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        idx, sign = ternary_unpack(packed, n, k, ctx.layout)
+        w = ternary_dequantize(idx, sign, scale[:, :n].t().contiguous(), k, group, stride, grad.dtype)
+        grad_x = grad @ w
+    return grad_x, None, None, _bias_grad(ctx, grad), None, None, None, None, None, None
+
+
+def _bias_grad(ctx: Any, grad: Tensor) -> Tensor | None:
+    if not ctx.needs_input_grad[3]:
+        return None
+    return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+
+
+torch.library.register_autograd(
+    "alignops::ternary_linear", _linear_backward, setup_context=_linear_context
+)
+
+
+# Dense int8 head
+
+
+def int8_quantize(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of w (N, K) to int8 by their largest magnitude: q int8 (N, K), scale float32 (N). Not differentiable."""
+    result: tuple[Tensor, Tensor] = _op.ternary_int8_quantize(w)
+    return result
+
+
+@torch.library.register_fake("alignops::ternary_int8_quantize")
+def _(w: Tensor) -> tuple[Tensor, Tensor]:
+    op = "ternary_int8_quantize"
+    n, k = _matrix(w, op)
+    _check(n > 0 and k > 0, f"{op}: w must not be empty, got shape {tuple(w.shape)}")
+    return w.new_empty((n, k), dtype=torch.int8), w.new_empty((n,), dtype=torch.float32)
+
+
+def int8_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, act: str = "auto"
+) -> Tensor:
+    """y = x (scale * weight)^T + bias with weight int8 (N, K), scale float32 (N); else as `ternary_linear`.
+
+    Example:
+        >>> import torch
+        >>> q, scale = int8_quantize(torch.randn(8, 64))
+        >>> int8_linear(torch.randn(3, 64), q, scale).shape
+        torch.Size([3, 8])
+    """
+    check_activations(x, "int8_linear")
+    grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if act == "auto":
+        code = 0 if grad or x.is_cuda else _AUTO[x.dtype]
+    else:
+        check_act(act, "int8_linear")
+        code = ACTS[act]
+    result: Tensor = _op.ternary_int8_linear(x, weight, scale, bias, code)
+    return result
+
+
+@torch.library.register_fake("alignops::ternary_int8_linear")
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, act: int) -> Tensor:
+    op = "ternary_int8_linear"
+    _act(act, op)
+    _check(weight.dim() == 2, f"{op}: weight must have shape (n, k), got {tuple(weight.shape)}")
+    n, k = weight.shape
+    _layout(weight, torch.int8, (n, k), op, "weight")
+    _layout(scale, torch.float32, (n,), op, "scale")
+    limit = _INT8_MAX_COLUMNS
+    _check(act == 0 or k <= limit, f"{op}: weight must have at most {limit} columns in the integer modes, got {k}")
+    _rows(x, op, k, "from weight")
+    _bias(bias, x, n, op)
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _int8_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, weight, scale, bias, _ = inputs
+    ctx.save_for_backward(weight, scale)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _int8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight, scale = ctx.saved_tensors
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_x = (grad.float() * scale).to(grad.dtype) @ weight.to(grad.dtype)
+    return grad_x, None, None, _bias_grad(ctx, grad), None
+
+
+torch.library.register_autograd(
+    "alignops::ternary_int8_linear", _int8_backward, setup_context=_int8_context
+)
