@@ -45,10 +45,6 @@ cpp_tests() {
   ctest --test-dir build/sanitizers --output-on-failure
 }
 
-doctests() {
-  python -m pytest -q --doctest-modules --doctest-glob='*.md' README.md docs alignops
-}
-
 benchmarks() {
   python -m pytest -q benchmarks --benchmark-disable
 }
@@ -68,7 +64,6 @@ stage "tests" python -m pytest -q
 stage "tests on lower instruction sets" lower_levels
 stage "C++ tests with sanitizers" cpp_tests
 stage "CUDA compiler" python scripts/ptxas_report.py
-stage "doctests" doctests
 stage "benchmarks, once" benchmarks
 stage "isolated build" isolated
 
