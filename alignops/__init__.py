@@ -1,4 +1,15 @@
-"""Fast operators for language models."""
+"""Fast operators for language models.
 
-from alignops import _native as _native
-from alignops._version import __version__ as __version__
+`alignops.ternary` holds linear layers with 1.25-bit weights (Sherry, arXiv 2601.07892): quantize a
+weight or convert a model, multiply on CPU or GPU, train with Arenas. `alignops.reference` defines
+every operator in plain PyTorch, `alignops.testing` has tools for tests of your own models.
+"""
+
+from alignops import _native
+from alignops._version import __version__
+
+if _native.library is not None:  # otherwise ALIGNOPS_REFERENCE_ONLY=1
+    from alignops import ternary
+    from alignops.ternary import ternary_linear
+
+__all__ = ["__version__", "ternary", "ternary_linear"]
