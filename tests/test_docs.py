@@ -20,7 +20,7 @@ OPTIONAL = {"transformers", "gguf", "triton", "typer", "tqdm", "matplotlib", "ps
 def _run(test: doctest.DocTest) -> None:
     runner = doctest.DocTestRunner(optionflags=OPTIONS)
     output: list[str] = []
-    runner.run(test, out=output.append)
+    runner.run(test, out=output.append, clear_globs=False)
     if runner.failures:
         pytest.fail("".join(output), pytrace=False)
 
