@@ -61,7 +61,9 @@ def decode_step(model: Model, layers: int | None = None) -> Runner:
                 weights.append(ternary.quantize(base))
                 nbytes += packed_bytes(n, k) + 4 * n
             x = torch.randn(1, k, generator=torch.Generator().manual_seed(0)).bfloat16()
-            steps.append((x, weights if len(weights) > 1 else weights[0]))
+            fused = ternary.TernaryWeight.cat(weights) if len(weights) > 1 else weights[0]
+            fused.prepack(release=True)
+            steps.append((x, fused))
     n, k = model.head
     q, scale = ternary.ops.int8_quantize(random_weight(n, k, torch.bfloat16))
     nbytes += n * k + 4 * n

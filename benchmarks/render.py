@@ -16,19 +16,38 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
+def _value(bar: dict[str, Any]) -> str:
+    return f"{_number(bar['value'])} {bar['unit']}".strip()
+
+
+def summary(document: dict[str, Any]) -> str:
+    """One line per claim: the range of what was measured, in how many cases the bar was reached."""
+    claims: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
+    for bar in document["bars"]:
+        if bar["bar"] is not None:
+            claims[bar["what"], bar["bar"]].append(bar)
+    rows = []
+    for (what, limit), entries in claims.items():
+        entries.sort(key=lambda bar: bar["value"])
+        ends = [_number(entries[0]["value"]), _number(entries[-1]["value"])]
+        measured = " - ".join(dict.fromkeys(ends)) + f" {entries[0]['unit']}"
+        reached = sum(bar["hit"] for bar in entries)
+        verdict = "hit" if reached == len(entries) else "**missed**"
+        if 0 < reached < len(entries):
+            verdict = "**missed in part**"
+        count = f"{reached} of {len(entries)}"
+        rows.append([what, _number(limit), measured.strip(), f"{verdict}, {count}"])
+    return _table(["what", "bar", "measured", "cases"], rows)
+
+
 def bars(document: dict[str, Any]) -> str:
-    """The claims: measured value against bar, hit or missed."""
-    rows = [
-        [
-            bar["what"],
-            bar["case"],
-            f"{_number(bar['value'])} {bar['unit']}".strip(),
-            _number(bar["bar"]),
-            "hit" if bar["hit"] else "**missed**",
-            bar["note"],
-        ]
-        for bar in document["bars"]
-    ]
+    """The claims, case by case: measured value against bar, hit or missed."""
+    rows = []
+    for bar in document["bars"]:
+        limit, verdict = "", ""
+        if bar["bar"] is not None:
+            limit, verdict = _number(bar["bar"]), "hit" if bar["hit"] else "**missed**"
+        rows.append([bar["what"], bar["case"], _value(bar), limit, verdict, bar["note"]])
     return _table(["what", "case", "measured", "bar", "", "note"], rows)
 
 
@@ -65,7 +84,6 @@ def markdown(document: dict[str, Any], picture: str) -> str:
         for threads, entry in facts["limits"].items()
     ]
     absent = ", ".join(facts["absent"]) or "nothing"
-    hits = sum(bar["hit"] for bar in document["bars"])
     return f"""# Ternary core: measured figures
 
 {facts["cpu"]}, {facts["cores"]} cores, best instruction set {facts["isa"]};
@@ -84,7 +102,13 @@ the larger of traffic over measured read bandwidth and work over measured instru
 
 ![roofline]({picture})
 
-## Bars: {hits} of {len(document["bars"])} reached
+## Bars
+
+{summary(document)}
+
+## Bars, case by case
+
+Rows without a bar are there for comparison.
 
 {bars(document)}
 
@@ -108,6 +132,10 @@ def plot(document: dict[str, Any], path: Path) -> None:
         "alignops none": "s",
         "torch bf16": "^",
         "torch int8 dynamic": "v",
+        "llama.cpp TQ1_0": "1",
+        "llama.cpp TQ2_0": "2",
+        "llama.cpp Q4_0": "x",
+        "llama.cpp Q4_0 repacked": "+",
     }
     for panel, (threads, entry) in zip(panels[0], limits.items(), strict=True):
         intensity = [10 ** (i / 20) for i in range(-10, 84)]
@@ -115,7 +143,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
             if name in entry["rates_Gps"]:
                 peak = entry["rates_Gps"][name] * per_instruction
                 roof = [min(peak, entry["read_GBps"] * i) for i in intensity]
-                panel.plot(intensity, roof, linewidth=1, label=f"limit: {name}")
+                panel.plot(intensity, roof, linewidth=1, label=f"limit: memory, {name}")
         points: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
         for m in document["measurements"]:
             if m["threads"] != int(threads) or not m["shape"] or m["name"].startswith("classic"):
