@@ -14,7 +14,7 @@ constexpr int64_t kMaxColumnsA16 = 87000, kMaxColumnsA8 = 22000000;
 // A thread gets at least this many lookups; below, waking it costs more than it saves.
 constexpr int64_t kGrainLookups = 64 * 1024;
 
-// Float tables of a batch of tokens stay in a level-2 cache.
+// Tables of a batch of tokens stay in a level-2 cache.
 constexpr int64_t kTableBytes = 512 * 1024;
 
 const LinearKernels& layout_kernels(int64_t layout, const char* op) {
@@ -79,10 +79,7 @@ std::tuple<Tensor, Tensor> unpack(const Tensor& packed, int64_t n, int64_t k, in
   return {idx, sign};
 }
 
-// Tasks of parallel_for over row tiles.
-int64_t grain_tiles(const LinearKernels& table, int64_t blocks, int64_t slots) {
-  return std::max<int64_t>(1, kGrainLookups / (table.tile_rows * blocks * slots));
-}
+int64_t slots_per_token(Act act) { return act == Act::kA16 ? 2 : 1; }
 
 // Tables of `count` slots, in parallel if they outgrow the first-level cache.
 template <class Build>
@@ -99,57 +96,72 @@ void build_tables(int64_t count, int64_t blocks, int64_t table_bytes, const Buil
       });
 }
 
-void linear_integer(const LinearKernels& table, StageArgs stage, LinearArgs args) {
-  const int64_t slots = args.act == Act::kA16 ? 2 * args.m : args.m, blocks = args.blocks;
-  const bool lookup = slots <= table.lookup_slots;
-  const int64_t panel = lookup || table.panel == 0 ? 1 : table.panel;
-  const Scratch<int8_t> q(round_up(slots, panel) * blocks * 4);
-  const Scratch<float> act_scale(args.m * args.act_groups);
-  const Scratch<int32_t> slot_sum(lookup ? 0 : slots * args.num_segments);
-  const Scratch<uint8_t> tables(lookup ? slots * blocks * table.table_bytes : 0);
-  stage.panel = lookup ? 0 : table.panel;
-  stage.q = q.data();
-  stage.act_scale = act_scale.data();
-  stage.slot_sum = lookup ? nullptr : slot_sum.data();
-  torch::stable::parallel_for(
-      0, args.m, grain_rows(blocks * 16),
-      [&](int64_t begin, int64_t end) noexcept { table.stage(stage, begin, end); });
-  if (lookup)
-    build_tables(slots, blocks, table.table_bytes, [&](int64_t first, int64_t count) {
-      table.tables(q.data() + first * 4, count, tables.data() + first * table.table_bytes);
-    });
-  args.q = q.data();
-  args.tables = tables.data();
-  args.act_scale = act_scale.data();
-  args.slot_sum = slot_sum.data();
-  torch::stable::parallel_for(0, ceil_div(args.n, table.tile_rows),
-                              grain_tiles(table, blocks, slots),
-                              [&](int64_t begin, int64_t end) noexcept {
-                                (lookup ? table.lookup : table.dot)(args, begin, end);
-                              });
+// Tokens [first, first + count) of a call.
+void select_tokens(StageArgs& stage, LinearArgs& args, int64_t first, int64_t count) {
+  stage.m = args.m = count;
+  stage.x = static_cast<const uint8_t*>(stage.x) + first * stage.ld * dtype_bytes(stage.dtype);
+  args.y = static_cast<uint8_t*>(args.y) + first * args.ldy * dtype_bytes(args.y_dtype);
 }
 
-void linear_lossless(const LinearKernels& table, StageArgs stage, LinearArgs args) {
-  const int64_t blocks = args.blocks, tokens = args.m;
-  const int64_t batch =
-      std::clamp<int64_t>(kTableBytes / (blocks * table.table_bytes_f32), 1, tokens);
-  const Scratch<float> f(batch * blocks * 4);
-  const Scratch<uint8_t> tables(batch * blocks * table.table_bytes_f32);
-  stage.f = f.data();
-  args.tables = tables.data();
-  const auto* x = static_cast<const uint8_t*>(stage.x);
-  auto* y = static_cast<uint8_t*>(args.y);
-  for (int64_t t = 0; t < tokens; t += batch) {
-    stage.m = args.m = std::min(batch, tokens - t);
-    stage.x = x + t * stage.ld * dtype_bytes(stage.dtype);
-    args.y = y + t * args.ldy * dtype_bytes(args.y_dtype);
-    table.stage(stage, 0, stage.m);
-    build_tables(args.m, blocks, table.table_bytes_f32, [&](int64_t first, int64_t count) {
-      table.tables_f32(f.data() + first * 4, count, tables.data() + first * table.table_bytes_f32);
+template <class Kernel>
+void for_row_tiles(const LinearKernels& table, const LinearArgs& args, int64_t slots,
+                   Kernel kernel) {
+  // Tasks of at least kGrainLookups lookups.
+  const int64_t lookups = table.tile_rows * args.blocks * slots;
+  torch::stable::parallel_for(
+      0, ceil_div(args.n, table.tile_rows), std::max<int64_t>(1, kGrainLookups / lookups),
+      [&](int64_t begin, int64_t end) noexcept { kernel(args, begin, end); });
+}
+
+void stage_tokens(const LinearKernels& table, const StageArgs& stage) {
+  torch::stable::parallel_for(
+      0, stage.m, grain_rows(stage.blocks * 16),
+      [&](int64_t begin, int64_t end) noexcept { table.stage(stage, begin, end); });
+}
+
+// Integer modes by decoding and dot products: all tokens in one pass.
+void linear_dot(const LinearKernels& table, StageArgs stage, LinearArgs args) {
+  const int64_t slots = args.m * slots_per_token(args.act);
+  const Scratch<int8_t> q(round_up(slots, table.panel) * args.blocks * 4);
+  const Scratch<float> act_scale(args.m * args.act_groups);
+  const Scratch<int32_t> slot_sum(slots * args.num_segments);
+  stage.panel = table.panel;
+  args.q = stage.q = q.data();
+  args.act_scale = stage.act_scale = act_scale.data();
+  args.slot_sum = stage.slot_sum = slot_sum.data();
+  stage_tokens(table, stage);
+  for_row_tiles(table, args, slots, table.dot);
+}
+
+// By lookup, in batches of tokens whose tables stay in the cache.
+void linear_lookup(const LinearKernels& table, const StageArgs& stage, const LinearArgs& args) {
+  const bool lossless = args.act == Act::kNone;
+  const int64_t table_bytes = lossless ? table.table_bytes_f32 : table.table_bytes;
+  const int64_t slots = slots_per_token(args.act), blocks = args.blocks;
+  const int64_t token_bytes = slots * blocks * table_bytes;
+  const int64_t batch = std::clamp<int64_t>(kTableBytes / token_bytes, 1, args.m);
+  const Scratch<int8_t> q(lossless ? 0 : batch * slots * blocks * 4);
+  const Scratch<float> f(lossless ? batch * blocks * 4 : 0);
+  const Scratch<float> act_scale(batch * args.act_groups);
+  const Scratch<uint8_t> tables(batch * token_bytes);
+  for (int64_t first = 0; first < args.m; first += batch) {
+    StageArgs part = stage;
+    LinearArgs part_args = args;
+    select_tokens(part, part_args, first, std::min(batch, args.m - first));
+    part.q = q.data();
+    part.f = f.data();
+    part_args.act_scale = part.act_scale = act_scale.data();
+    part_args.tables = tables.data();
+    stage_tokens(table, part);
+    build_tables(part.m * slots, blocks, table_bytes, [&](int64_t block, int64_t count) {
+      uint8_t* out = tables.data() + block * table_bytes;
+      if (lossless) {
+        table.tables_f32(f.data() + block * 4, count, out);
+      } else {
+        table.tables(q.data() + block * 4, count, out);
+      }
     });
-    torch::stable::parallel_for(
-        0, ceil_div(args.n, table.tile_rows), grain_tiles(table, blocks, args.m),
-        [&](int64_t begin, int64_t end) noexcept { table.lookup_f32(args, begin, end); });
+    for_row_tiles(table, part_args, part.m * slots, lossless ? table.lookup_f32 : table.lookup);
   }
 }
 
@@ -216,10 +228,10 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
                         .y = y.mutable_data_ptr(),
                         .y_dtype = rows.dtype,
                         .ldy = n};
-  if (act == Act::kNone) {
-    linear_lossless(table, stage, args);
+  if (act == Act::kNone || rows.rows * slots_per_token(act) <= table.lookup_slots) {
+    linear_lookup(table, stage, args);
   } else {
-    linear_integer(table, stage, args);
+    linear_dot(table, stage, args);
   }
   return y;
 }

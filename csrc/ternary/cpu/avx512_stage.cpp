@@ -25,8 +25,7 @@ void pack(const uint8_t* idx, const uint8_t* sign, int64_t n, int64_t k, uint8_t
         for (int64_t i = 0; i < kTileBlocks && r < n; ++i) {
           const int64_t b = ct * kTileBlocks + i;
           if (b >= plane_blocks) break;
-          const uint32_t low = idx[r * (plane_blocks / 2) + (b >> 1)] >> (b & 1) * 4 & 15U;
-          codes[i] = low | (sign[r * (plane_blocks / 8) + (b >> 3)] >> (b & 7) & 1U) << 4;
+          codes[i] = plane_code(idx + r * (plane_blocks / 2), sign + r * (plane_blocks / 8), b);
         }
         for (int64_t j = 0; j < 5; ++j)
           w[j * kTileRows + lane] =
