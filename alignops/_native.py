@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+__all__ = ["cpu_layout", "cuda_loaded", "library", "refresh"]
+
 BUILD_COMMAND = 'pip install --no-build-isolation -e ".[dev]"'
 
 #: Layout of packed ternary weights that the active instruction set reads (csrc/ternary/kernels.h).
