@@ -16,15 +16,17 @@ inline __m512 bf16_to_f32(__m256i v) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
 }
 
-// To nearest, ties to even; a NaN stays a NaN.
-inline __m256i f32_to_bf16(__m512 v) {
-  const __m512i bits = _mm512_castps_si512(v), high = _mm512_srli_epi32(bits, 16);
-  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  const __m512i rounded = _mm512_srli_epi32(sum, 16),
-                quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+// bfloat16 in the high half of each element, garbage below. To nearest, ties to even; a NaN stays a NaN.
+inline __m512i f32_to_bf16_high(__m512 v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, quiet));
+  const __m512i half = _mm512_mask_mov_epi32(_mm512_set1_epi32(0x7fff), odd, _mm512_set1_epi32(0x8000));
+  return _mm512_mask_or_epi32(_mm512_add_epi32(bits, half), nan, bits, _mm512_set1_epi32(0x400000));
+}
+
+inline __m256i f32_to_bf16(__m512 v) {
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(f32_to_bf16_high(v), 16));
 }
 
 inline __m256i f32_to_fp16(__m512 v) {
