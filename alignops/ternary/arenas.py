@@ -1,7 +1,8 @@
 """Arenas: training 3:4 ternary weights with an annealed full-precision residual.
 
-Forward uses `W_eff = alpha T + lambda W` in one matmul, with T and alpha quantized from the latent weight W at every
-call; lambda rises from 0, returns to 0 before the end, and what is left is the 1.25-bit layer.
+Forward uses `W_eff = alpha T + lambda W` in one matmul, with T and alpha quantized from the latent
+weight W at every call; lambda rises from 0, returns to 0 before the end, and what is left is the
+1.25-bit layer.
 
 Source: Sherry, arXiv 2601.07892, section 3.2, eq. 7 (forward) and eq. 8 (backward).
 """
@@ -9,18 +10,24 @@ Source: Sherry, arXiv 2601.07892, section 3.2, eq. 7 (forward) and eq. 8 (backwa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alignops.ternary import ops
+from alignops.ternary.convert import DEFAULT_EXCLUDE, _choose, _linear_places, _tied, _unfit
+from alignops.ternary.layers import TernaryLinear
+from alignops.ternary.ops import ternary_linear
+from alignops.ternary.weight import quantize
 
 Shape = str | Callable[[int], float]
 
-_EXPONENTIAL_RATE = 5.0  # exp(-5) of the initial lambda is what the exponential decay subtracts to end at 0
+_EXPONENTIAL_RATE = (
+    5.0  # exp(-5) of the initial lambda is what the exponential decay subtracts to end at 0
+)
 
 
 class ArenasSchedule:
@@ -28,7 +35,7 @@ class ArenasSchedule:
 
     | shape | lambda(t), 0 <= t <= T |
     |---|---|
-    | `"warmup_cosine"` (default) | `max t / Tw` up to Tw, then `max (1 + cos(pi (t - Tw) / (T - Tw))) / 2` |
+    | `"warmup_cosine"` | `max t / Tw` to Tw, then `max (1 + cos(pi (t - Tw) / (T - Tw))) / 2` |
     | `"linear"` | `max (1 - t / T)` |
     | `"cosine"` | `max (1 + cos(pi t / T)) / 2` |
     | `"exponential"` | `max (exp(-5 t / T) - exp(-5)) / (1 - exp(-5))` |
@@ -36,8 +43,9 @@ class ArenasSchedule:
     | callable | `max` times what it returns for t < T |
 
     All but `"constant"` are exactly 0 at T and after. The step is counted here and nowhere else:
-    call `step()` once after every optimizer step, or let the optimizer do it (`attach`). Forward passes, gradient
-    accumulation and activation checkpointing never advance it. Save `state_dict()` next to the optimizer's.
+    call `step()` once after every optimizer step, or let the optimizer do it (`attach`). Forward
+    passes, gradient accumulation and activation checkpointing never advance it. Save `state_dict()`
+    next to the optimizer's.
 
     Args:
         total_steps: T, optimizer steps of the whole training.
@@ -46,7 +54,8 @@ class ArenasSchedule:
         shape: name or callable of the table.
 
     Raises:
-        ValueError: T <= 0, Tw < 0 or Tw >= T, max_lambda < 0, unknown shape, or warmup_steps for another shape.
+        ValueError: T <= 0, Tw < 0 or Tw >= T, max_lambda < 0, unknown shape, or warmup_steps for
+            another shape.
 
     Source: arXiv 2601.07892, section 3.2.
 
@@ -67,17 +76,20 @@ class ArenasSchedule:
             raise ValueError(f"ArenasSchedule: total_steps must be positive, got {total_steps}")
         if not callable(shape) and shape not in _SHAPES:
             raise ValueError(
-                f"ArenasSchedule: shape must be one of {', '.join(_SHAPES)} or a callable, got {shape!r}"
+                f"ArenasSchedule: shape must be one of {', '.join(_SHAPES)} or a callable, "
+                f"got {shape!r}"
             )
         if warmup_steps is None:
             warmup_steps = total_steps // 10 if shape == "warmup_cosine" else 0
         elif shape != "warmup_cosine":
             raise ValueError(
-                f"ArenasSchedule: warmup_steps must be left out for shape {shape!r}, got {warmup_steps}"
+                f"ArenasSchedule: warmup_steps must be left out for shape {shape!r}, "
+                f"got {warmup_steps}"
             )
         if not 0 <= warmup_steps < total_steps:
             raise ValueError(
-                f"ArenasSchedule: warmup_steps must be in 0..{total_steps - 1} (total_steps - 1), got {warmup_steps}"
+                "ArenasSchedule: warmup_steps must be at least 0 and below "
+                f"total_steps={total_steps}, got {warmup_steps}"
             )
         if not 0 <= max_lambda < math.inf:
             raise ValueError(
@@ -91,7 +103,7 @@ class ArenasSchedule:
         self._values: dict[torch.device, Tensor] = {}
 
     def at(self, t: int) -> float:
-        """lambda after t optimizer steps.
+        """Lambda after t optimizer steps.
 
         Raises:
             ValueError: t < 0, or a callable shape returned a negative or non-finite value.
@@ -111,17 +123,17 @@ class ArenasSchedule:
 
     @property
     def value(self) -> float:
-        """lambda now."""
+        """Lambda now."""
         return self.at(self.t)
 
     def tensor(self, device: torch.device) -> Tensor:
-        """The float32 0-dim tensor on `device` that holds lambda; every call returns the same tensor."""
+        """The float32 0-dim tensor on `device` that holds lambda, the same at every call."""
         if device not in self._values:
             self._values[device] = torch.full((), self.value, dtype=torch.float32, device=device)
         return self._values[device]
 
     def step(self) -> None:
-        """One optimizer step has been taken: advances t and writes the new lambda into the shared tensors."""
+        """One optimizer step was taken: advances t and writes lambda into the shared tensors."""
         self._set(self.t + 1)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle:
@@ -141,7 +153,7 @@ class ArenasSchedule:
             tensor.fill_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """t and the settings that define lambda(t); a callable shape itself is not stored."""
+        """T and the settings that define lambda(t); a callable shape itself is not stored."""
         return {
             "t": self.t,
             "total_steps": self.total_steps,
@@ -151,7 +163,7 @@ class ArenasSchedule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was saved: the same t and, from then on, the same lambda bit for bit.
+        """Continues where `state` was saved: the same t and from then on the same lambda.
 
         Raises:
             ValueError: `state` was saved by a schedule with other settings.
@@ -161,7 +173,8 @@ class ArenasSchedule:
         if different:
             key = different[0]
             raise ValueError(
-                f"ArenasSchedule.load_state_dict: {key} must be {own[key]!r} as in this schedule, got {state.get(key)!r}"
+                f"ArenasSchedule.load_state_dict: {key} must be {own[key]!r} as in this schedule, "
+                f"got {state.get(key)!r}"
             )
         self._set(int(state["t"]))
 
@@ -226,17 +239,24 @@ class _ArenasFunction(torch.autograd.Function):
 
 
 class ArenasLinear(nn.Linear):
-    """Linear layer in training for 1.25-bit weights: latent `weight` (N, K), same parameters as `nn.Linear`.
+    """Linear layer that trains 1.25-bit weights; latent `weight` (N, K) and bias of `nn.Linear`.
 
-    In training mode `y = x (alpha T + lambda W)^T + b`, T and alpha quantized from W at every call; gradients are
-    `dL/dX = g (alpha T + lambda W)` and, straight through, `dL/dW = (1 + lambda) g^T x` for all of W. The output has
-    the dtype of x, or autocast's; statistics are float32. In eval mode lambda counts as 0 and the layer computes what
-    `finalize` will: the packed weight in mode `none`, quantized at every call so that it is never stale.
+    In training mode `y = x (alpha T + lambda W)^T + b`, T and alpha quantized from W at every call;
+    gradients are `dL/dX = g (alpha T + lambda W)` and, straight through, `dL/dW = (1 + lambda) g^T
+    x` for all of W. The output has the dtype of x, or autocast's; statistics are float32. In eval mode
+    lambda counts as 0 and the layer computes what `finalize` will: with the packed weight in mode
+    `none`, quantized at every call so that it is never stale.
 
     Args:
+        in_features: K.
+        out_features: N.
+        bias: whether there is one; it is not quantized.
         schedule: source of lambda, shared by all layers of a model.
         group: columns per scale, default one scale per row.
         stride: columns between the weights of a block, 1 or 16.
+        device, dtype: of the parameters.
+
+    Source: arXiv 2601.07892, section 3.2, eq. 7-8.
 
     Example:
         >>> layer = ArenasLinear(64, 8, schedule=ArenasSchedule(100))
@@ -283,7 +303,7 @@ class ArenasLinear(nn.Linear):
         return layer.train(linear.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ArenasLinear:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.lam = self.schedule.tensor(self.weight.device)  # stays shared, stays float32
         return self
 
@@ -294,10 +314,112 @@ class ArenasLinear(nn.Linear):
         bias = self.bias if self.bias is None else self.bias.to(dtype)
         lam = self.lam if self.training else torch.zeros_like(self.lam)
         group = self.group or self.in_features
-        y: Tensor = _ArenasFunction.apply(
+        y: Tensor = _ArenasFunction.apply(  # type: ignore[no-untyped-call]
             x.to(dtype), self.weight, bias, lam, group, self.stride, self.training
         )
         return y
 
     def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
         return f"{super().extra_repr()}, group={self.group}, stride={self.stride}"
+
+
+class Prepared(NamedTuple):
+    """What `prepare_arenas` did: names of swapped layers, and why others were left alone."""
+
+    swapped: list[str]
+    skipped: dict[str, str]
+
+
+def prepare_arenas(
+    model: nn.Module,
+    schedule: ArenasSchedule,
+    include: Iterable[str] | str | None = None,
+    exclude: Iterable[str] | str = DEFAULT_EXCLUDE,
+    group: int | None = None,
+    stride: int = 1,
+) -> Prepared:
+    """Replace `torch.nn.Linear` by `ArenasLinear`, in place, with the same parameter objects.
+
+    Patterns, and what is skipped, are those of `convert`; Conv1D is skipped, too.
+
+    Args:
+        model: changed in place; a layer used in several places stays shared.
+        schedule: of lambda, for all layers.
+        include: patterns of layers to swap; None: all.
+        exclude: patterns of layers to leave alone.
+        group: columns that share a scale; None: one scale per row.
+        stride: distance of the four columns of a block, 1 or 16.
+
+    Returns:
+        Prepared: names of the swapped layers, and of those left alone with the reason.
+
+    Raises:
+        ValueError: a pattern matches no layer, or no layer is left to swap.
+
+    Source: arXiv 2601.07892, section 3.2.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        >>> prepare_arenas(model, ArenasSchedule(100), exclude="2")
+        Prepared(swapped=['0'], skipped={'2': 'excluded'})
+    """
+    places = _linear_places(model)
+    chosen = _choose(places, include, exclude)
+    tied = _tied(model)
+    prepared = Prepared([], {})
+    for layer, names in places.items():
+        reason = chosen[names[0]] or _unfit(layer, group, stride) or tied.get(layer)
+        if reason is None and isinstance(layer, nn.Linear) and names[0]:
+            _replace(model, names, ArenasLinear.from_linear(layer, schedule, group, stride))
+            prepared.swapped.append(names[0])
+        else:
+            prepared.skipped[names[0]] = reason or "not a torch.nn.Linear inside the model"
+    if not prepared.swapped:
+        raise ValueError(
+            f"prepare_arenas: model must contain a layer to swap, skipped {prepared.skipped}"
+        )
+    return prepared
+
+
+def finalize(model: nn.Module, force: bool = False, act: str = "auto") -> list[str]:
+    """Replace every `ArenasLinear` by a `TernaryLinear` with its weight quantized, in place.
+
+    In mode `none` at float32 the model computes what it computed in eval mode, bit for bit.
+
+    Args:
+        model: changed in place.
+        force: also while lambda is not 0, that is while layers still lean on the residual.
+        act: of the new layers, see `alignops.ternary_linear`.
+
+    Returns:
+        Names of the replaced layers.
+
+    Raises:
+        RuntimeError: lambda is not 0 and `force` is not set.
+        ValueError: there is no ArenasLinear inside `model`.
+    """
+    places: dict[ArenasLinear, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, ArenasLinear) and name:
+            places.setdefault(module, []).append(name)
+    if not places:
+        raise ValueError("finalize: model must contain ArenasLinear layers, got no ArenasLinear")
+    for layer, names in places.items():
+        if not force and layer.schedule.value > 0:
+            raise RuntimeError(
+                f"finalize: {names[0]}: lambda is {layer.schedule.value:.3g} at step "
+                f"{layer.schedule.t} of {layer.schedule.total_steps}; train until it is 0, or pass "
+                "force=True"
+            )
+    for layer, names in places.items():
+        weight = quantize(layer.weight, layer.group, layer.stride)
+        made = TernaryLinear.from_weight(weight, layer.bias, act)
+        _replace(model, names, made.train(layer.training))
+    return [names[0] for names in places.values()]
+
+
+def _replace(model: nn.Module, names: list[str], layer: nn.Module) -> None:
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)

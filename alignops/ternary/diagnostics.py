@@ -21,7 +21,7 @@ _STEPS = 64  # Lanczos steps per vector
 
 
 def effective_rank(g: Tensor, exact_up_to: int = 1024, seed: int = 0) -> float:
-    """exp of the entropy of the normalised singular values: how many directions g really uses.
+    """Exp of the entropy of the normalised singular values: how many directions g really uses.
 
     Up to `exact_up_to` rows or columns (the smaller count) from all singular values; beyond, from
     the traces of f(A) for A = G G^T, f = sqrt and sqrt ln sqrt, estimated by Lanczos quadrature:
@@ -31,6 +31,8 @@ def effective_rank(g: Tensor, exact_up_to: int = 1024, seed: int = 0) -> float:
 
     Args:
         g: (N, K) of any floating dtype, usually the gradient of a weight.
+        exact_up_to: largest min(N, K) for which all singular values are computed.
+        seed: of the random probes.
 
     Returns:
         float: between 1 and min(N, K); 0 for an all-zero or empty g.
