@@ -1,1 +1,1 @@
-"""Plain PyTorch definitions of every operation. Tests compare with them; nothing falls back to them."""
+"""Plain PyTorch definitions of every operation: what the tests compare with."""

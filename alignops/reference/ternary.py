@@ -1,13 +1,14 @@
 """Definition of the ternary core: quantizer, 5-bit code, matmul, Arenas, int8 head.
 
-Shape letters: N rows (outputs), K columns (inputs), M tokens, B = ceil(K/4) blocks of a row with 4 lanes each,
-G columns per scale group (K: one scale per row), ng = ceil(K/G) scale groups.
+Shape letters: N rows (outputs), K columns (inputs), M tokens, B = ceil(K/4) blocks of a row with 4
+lanes each, G columns per scale group (K: one scale per row), ng = ceil(K/G) scale groups.
 
 Source: Sherry, arXiv 2601.07892 (section 3.1, eq. 4-5: quantizer; section 3.2, eq. 7-8: Arenas).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -24,10 +25,10 @@ TINY = 1e-30  # activations whose largest magnitude is not above this are quanti
 
 
 def to_blocks(w: Tensor, stride: int = 1) -> Tensor:
-    """(N, K) -> (N, B, 4), zero padded; lanes lie `stride` columns apart (16: inside chunks of 64)."""
+    """(N, K) -> (N, B, 4), zero padded; lanes are `stride` columns apart (16: in chunks of 64)."""
     if stride == 1:
-        return F.pad(w, (0, -w.shape[1] % 4)).unflatten(1, (-1, 4))
-    return w.unflatten(1, (-1, 4, stride)).transpose(2, 3).flatten(1, 2)
+        return F.pad(w, (0, -w.shape[1] % 4)).reshape(len(w), -1, 4)
+    return w.reshape(len(w), -1, 4, stride).transpose(2, 3).flatten(1, 2)
 
 
 def from_blocks(b: Tensor, k: int, stride: int = 1) -> Tensor:
@@ -40,15 +41,16 @@ def from_blocks(b: Tensor, k: int, stride: int = 1) -> Tensor:
 def encode(lanes: Tensor) -> Tensor:
     """Lanes (N, B, 4) in {-1, 0, 1}, one zero per block -> codes uint8 (N, B).
 
-    code = 16 s + 4 z + 2 r3 + r2: z the zero lane, s the sign of the first kept lane, r2 and r3 whether the second and
-    third kept lanes differ from it. Raises ValueError with the first (row, block) that has no code.
+    code = 16 s + 4 z + 2 r3 + r2: z the zero lane, s the sign of the first kept lane, r2 and r3
+    whether the second and third kept lanes differ from it. Raises ValueError with the first (row,
+    block) that has no code.
     """
     bad = ((lanes == 0).sum(-1) != 1) | (lanes.abs() > 1).any(-1)
     if bad.any():
         row, block = bad.nonzero()[0].tolist()
         raise ValueError(
-            f"encode: lanes must hold one zero and three +-1 per block, got {lanes[row, block].tolist()} "
-            f"at (row, block) = ({row}, {block})"
+            "encode: lanes must hold one zero and three +-1 per block, got "
+            f"{lanes[row, block].tolist()} at (row, block) = ({row}, {block})"
         )
     z = (lanes == 0).int().argmax(-1, keepdim=True)
     kept = torch.arange(3)
@@ -68,7 +70,7 @@ def decode(codes: Tensor) -> Tensor:
 
 
 def to_planes(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (N, B) -> canonical planes: idx uint8 (N, B8/2), sign uint8 (N, B8/8), B8 = B rounded up to 8."""
+    """Codes (N, B) -> planes idx uint8 (N, B8/2), sign uint8 (N, B8/8), B8 = B rounded up to 8."""
     c = F.pad(codes, (0, -codes.shape[1] % 8)).int()
     nibbles = (c & 15).unflatten(1, (-1, 2))
     bits = (c >> 4).unflatten(1, (-1, 8))
@@ -88,12 +90,13 @@ def from_planes(idx: Tensor, sign: Tensor, k: int) -> Tensor:
 
 
 def quantize(w: Tensor, group: int | None = None, stride: int = 1) -> tuple[Tensor, Tensor]:
-    """Sparse-AbsMean: in every block the smallest magnitude becomes 0 (tie: lowest lane), the others their sign.
+    """Sparse-AbsMean: the smallest magnitude of a block becomes 0, the others their sign.
 
-    Returns lanes int8 (N, B, 4) and alpha float32 (N, ng), the mean of the kept magnitudes. They are summed in
-    float64: the lanes of a block in order, block b of a group into partial sum b % 16, the partial sums pairwise.
+    On a tie the lowest lane becomes 0. Returns lanes int8 (N, B, 4) and alpha float32 (N, ng), the
+    mean of the kept magnitudes. They are summed in float64: the lanes of a block in order, block b
+    of a group into partial sum b % 16, the partial sums pairwise.
     """
-    n, k = w.shape
+    k = w.shape[1]
     blocks = to_blocks(w.float(), stride)
     real = to_blocks(torch.ones_like(w, dtype=torch.bool), stride)
     zero = torch.where(real, blocks.abs(), -1).argmin(-1, keepdim=True)  # the first minimum
@@ -101,12 +104,9 @@ def quantize(w: Tensor, group: int | None = None, stride: int = 1) -> tuple[Tens
     lanes = torch.where(blocks < 0, -1, 1) * keep
     a, b, c, d = torch.where(keep & real, blocks.abs().double(), 0).unbind(-1)
     sums, counts = ((a + b) + c) + d, (keep & real).sum(-1)
-    alpha = [
-        pairwise_sum(s) / n_kept.sum(-1)
-        for s, n_kept in zip(
-            sums.split(blocks_per_group(k, group), 1), counts.split(blocks_per_group(k, group), 1), strict=True
-        )
-    ]
+    width = blocks_per_group(k, group)
+    groups = zip(sums.split(width, 1), counts.split(width, 1), strict=True)
+    alpha = [pairwise_sum(part) / count.sum(-1) for part, count in groups]
     return lanes.to(torch.int8), torch.stack(alpha, 1).float()
 
 
@@ -126,21 +126,26 @@ def pairwise_sum(x: Tensor) -> Tensor:
 
 
 def dequantize(
-    lanes: Tensor, alpha: Tensor, k: int, group: int | None = None, stride: int = 1, dtype: torch.dtype = torch.float32
+    lanes: Tensor,
+    alpha: Tensor,
+    k: int,
+    group: int | None = None,
+    stride: int = 1,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """alpha * T as (N, K)."""
-    scale = alpha.float().repeat_interleave(blocks_per_group(k, group), 1)[:, : lanes.shape[1], None]
-    return from_blocks(lanes * scale, k, stride).to(dtype)
+    """The weight alpha * T, (N, K)."""
+    scale = alpha.float().repeat_interleave(blocks_per_group(k, group), 1)[:, : lanes.shape[1]]
+    return from_blocks(lanes * scale[..., None], k, stride).to(dtype)
 
 
 # Matmul
 
 
 def quantize_activations(x: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    """x (M, K) -> q float64 (M, K) with integer values, scales float32 (M, groups).
+    """Activations (M, K) -> q float64 (M, K) with integer values, scales float32 (M, groups).
 
-    q = clamp(rint(x * (Q/amax)), -Q, Q), scale = amax/Q in float32; amax <= 1e-30: q = 0, scale = 0;
-    amax Inf or NaN: q = 0, scale = NaN. One amax per row, in mode a8g per row and 256 columns.
+    q = clamp(rint(x * (Q/amax)), -Q, Q) and scale = amax/Q in float32. Where amax <= 1e-30 both are
+    0; where it is Inf or NaN, q = 0 and scale = NaN. One amax per row, in a8g per 256 columns.
     """
     top = ACT_MAX[act]
     columns = ACT_GROUP_COLUMNS if act == "a8g" else max(x.shape[1], 1)
@@ -158,8 +163,8 @@ def quantize_activations(x: Tensor, act: str) -> tuple[Tensor, Tensor]:
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """float32 a * b + c with one rounding.
 
-    The product is exact in float64; the sum is rounded to odd there (two-sum gives the direction), so that the final
-    rounding to float32 cannot round twice.
+    The product is exact in float64; the sum is rounded to odd there (two-sum gives the direction),
+    so that the final rounding to float32 cannot round twice.
     """
     p, c = a.double() * b.double(), c.double()
     s = p + c
@@ -178,7 +183,7 @@ def segments(k: int, group: int | None, act: str) -> list[tuple[int, int]]:
     if act == "a8g":
         cuts |= set(range(0, blocks, ACT_GROUP_COLUMNS // 4))
     edges = sorted(cuts)
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 def linear(
@@ -190,11 +195,12 @@ def linear(
     stride: int = 1,
     act: str = "none",
 ) -> Tensor:
-    """y = x (alpha T)^T + bias for x (..., K).
+    """The product y = x (alpha T)^T + bias for x (..., K).
 
-    "none": exact inputs, float64 sums and float64 result: the oracle for accuracy. A zero weight contributes nothing,
-    also where x is Inf or NaN. Integer modes: acc = 0; for segments in order: acc = fma(float(I), s * alpha, acc) in
-    float32 with the exact integer dot product I; + bias in float32; one cast to x.dtype.
+    "none": exact inputs, float64 sums and float64 result: the oracle for accuracy. A zero weight
+    contributes nothing, also where x is Inf or NaN. Integer modes: acc = 0; for segments in order:
+    acc = fma(float(I), s * alpha, acc) in float32 with the exact integer dot product I; + bias in
+    float32; one cast to x.dtype.
     """
     m, k = x.shape[:-1].numel(), x.shape[-1]
     rows = x.reshape(m, k)
@@ -222,7 +228,7 @@ def linear(
 def none_error_bound(
     x: Tensor, lanes: Tensor, alpha: Tensor, group: int | None = None, stride: int = 1
 ) -> Tensor:
-    """Bound of |y - y64| of mode "none" before the cast: (K/4 + 4) 2^-24 sum |alpha T x|, float64 (..., N)."""
+    """Bound of the error of mode "none" before the cast, (K/4 + 4) 2^-24 sum |alpha T x|."""
     k = x.shape[-1]
     total = linear(x.abs(), lanes.abs(), alpha, None, group, stride)
     return (k / 4 + 4) * 2.0**-24 * total
@@ -232,7 +238,7 @@ def none_error_bound(
 
 
 def int8_quantize(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows to int8: q = clamp(rint(w * (127/amax)), -127, 127), scale float32 (N) = amax/127; a zero row: both 0."""
+    """Rows to q int8 (N, K), scale float32 (N) by the rule of `quantize_activations`, mode a8."""
     q, scale = quantize_activations(w, "a8")
     return q.to(torch.int8), scale[:, 0]
 
@@ -240,7 +246,7 @@ def int8_quantize(w: Tensor) -> tuple[Tensor, Tensor]:
 def int8_linear(
     x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None, act: str = "none"
 ) -> Tensor:
-    """y = x (scale q)^T + bias, the rule of `linear` with int8 weights and one scale per row; "none": float64."""
+    """The product y = x (scale q)^T + bias by the rules of `linear`, with one scale per row."""
     k = x.shape[-1]
     rows = x.reshape(x.shape[:-1].numel(), k)
     if act == "none":
@@ -249,7 +255,9 @@ def int8_linear(
     codes, s = quantize_activations(rows, act)
     columns = ACT_GROUP_COLUMNS if act == "a8g" else max(k, 1)
     acc = torch.zeros(rows.shape[0], q.shape[0])
-    for i, (part, weight) in enumerate(zip(codes.split(columns, 1), q.split(columns, 1), strict=True)):
+    for i, (part, weight) in enumerate(
+        zip(codes.split(columns, 1), q.split(columns, 1), strict=True)
+    ):
         acc = fma((part @ weight.double().T).float(), s[:, i, None] * scale, acc)
     if bias is not None:
         acc = acc + bias.float()
@@ -269,23 +277,24 @@ class _FakeQuant(torch.autograd.Function):
         return dequantize(lanes, alpha, w.shape[1], group, stride).to(w.dtype) + lam * w
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return (1 + ctx.lam) * grad, None, None, None
 
 
 def fake_quant(w: Tensor, lam: float, group: int | None = None, stride: int = 1) -> Tensor:
-    """Effective weight of Arenas, alpha T + lambda W (eq. 7); gradient (1 + lambda) g for every weight (eq. 8)."""
-    result: Tensor = _FakeQuant.apply(w, lam, group, stride)
+    """Arenas: alpha T + lambda W (eq. 7), with gradient (1 + lambda) g for every weight (eq. 8)."""
+    result: Tensor = _FakeQuant.apply(w, lam, group, stride)  # type: ignore[no-untyped-call]
     return result
 
 
 def arenas_lambda(
     t: int, total: int, warmup: int | None = None, peak: float = 1.0, kind: str = "warmup_cosine"
 ) -> float:
-    """Coefficient of the residual at optimizer step t of `total`; 0 from t = total on (but "constant").
+    """Coefficient of the residual at optimizer step t of `total`.
 
-    "warmup_cosine" rises linearly over `warmup` (total // 10) steps and falls as half a cosine; "linear", "cosine" and
-    "exponential" fall from t = 0.
+    It is 0 from t = total on, but for "constant".
+    "warmup_cosine" rises linearly over `warmup` (total // 10) steps and falls as half a cosine;
+    "linear", "cosine" and "exponential" fall from t = 0.
     """
     if kind == "constant":
         return peak
@@ -305,7 +314,7 @@ def arenas_lambda(
 
 
 def effective_rank(g: Tensor) -> float:
-    """exp of the entropy of the normalized singular values of g: n for the identity, 1 for rank one."""
+    """exp(entropy) of the normalized singular values: n for the identity, 1 for rank one."""
     sigma = torch.linalg.svdvals(g.double())
     p = sigma / sigma.sum()
     return math.exp(-torch.special.xlogy(p, p).sum().item())

@@ -18,8 +18,8 @@ from alignops.ternary.weight import TernaryWeight, quantize
 class TernaryLinear(nn.Module):
     """y = x W^T + b with a ternary weight, in place of `torch.nn.Linear`.
 
-    The state dict holds `weight.idx`, `weight.sign`, `weight.scale`, `weight.format` and `bias`. The
-    bias is trainable, and gradients pass through to x.
+    The state dict holds `weight.idx`, `weight.sign`, `weight.scale`, `weight.format` and `bias`.
+    The bias is trainable, and gradients pass through to x.
 
     Args:
         in_features: K.
@@ -40,6 +40,7 @@ class TernaryLinear(nn.Module):
     weight: TernaryWeight
     bias: nn.Parameter | None
     _siblings: Siblings | None = None
+    _place: int = 0
 
     def __init__(
         self,
@@ -66,7 +67,7 @@ class TernaryLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.act = act
         self.weight = weight
-        self.bias = bias
+        self.register_parameter("bias", bias)
 
     @classmethod
     def from_weight(
@@ -92,11 +93,15 @@ class TernaryLinear(nn.Module):
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N) in x.dtype."""
         if self._siblings is not None:
-            return self._siblings(self, x)
-        return ops.ternary_linear(x, self.weight, self.bias, self.act)
+            return self._siblings(self._place, x)
+        # Past nn.Module.__getattr__, which costs 0.3 us a name.
+        weight: Any = self._modules["weight"]
+        return ops.ternary_linear(x, weight, self._parameters["bias"], self.act)
 
     def extra_repr(self) -> str:
+        """Like that of `torch.nn.Linear`."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, act={self.act}"
@@ -106,70 +111,70 @@ class TernaryLinear(nn.Module):
 class Siblings:
     """Layers that read the same input, such as q, k and v: one call computes all of them.
 
-    The first layer called with a tensor computes all outputs and keeps them until the others have
-    taken theirs. They are the same bits as without. A layer called with another tensor, or with one
-    that was changed in place since, starts anew. Where outputs are not taken eight times in a row
-    (the layers do not read the same input after all), every layer computes its own.
+    The layer that is called first computes all outputs; the others take theirs if they are called
+    with the same tensor object, unchanged since. The bits are the same as without. Layers that turn
+    out to read different inputs soon compute their own outputs only.
 
-    Kept results are one tuple, replaced as a whole: several threads get right results, at worst
-    without the saving. Tensors made under `torch.inference_mode` do not tell whether they changed
-    and are never kept; prefer `torch.no_grad`.
+    Threads may call the layers at once: every result is kept and taken as one object. Tensors made
+    under `torch.inference_mode` cannot tell whether they were changed, so every layer computes its
+    own output there; prefer `torch.no_grad`. Code under `torch.compile` must not change the input
+    in place between the layers.
     """
 
     def __init__(self, layers: tuple[TernaryLinear, ...]) -> None:
         self.layers = layers
-        self._unused = 0  # results in a row that were not all taken
-        # Input, its version, grad mode, act, fused weight, outputs not yet taken (else None).
-        self._kept: tuple[Tensor, int, bool, str, TernaryWeight, tuple[Tensor | None, ...]] | None
-        self._kept = None
-        for layer in layers:
+        self.sizes = [layer.out_features for layer in layers]
+        self._kept: dict[int, tuple[Any, ...]] = {}  # place of a layer: its output, and for what
+        self._misses = 0  # results not taken, minus those taken
+        for place, layer in enumerate(layers):
             layer._siblings = self
+            layer._place = place
         self.weight()
 
     def weight(self) -> TernaryWeight | None:
-        """The stacked weight, None if the weights of the layers have become too different."""
-        weights = tuple([layer.weight for layer in self.layers])
-        return weights[0].fused_with(weights)
+        """The stacked weight; None if the weights of the layers have become too different."""
+        weights: Any = tuple([layer._modules["weight"] for layer in self.layers])
+        fused: TernaryWeight | None = weights[0].fused_with(weights)
+        return fused
 
-    def __call__(self, layer: TernaryLinear, x: Tensor) -> Tensor:
-        fused = self.weight()
-        if fused is None or self._unused >= 8 or x.is_inference():
-            return ops.ternary_linear(x, layer.weight, layer.bias, layer.act)
-        version, grad, act = x._version, torch.is_grad_enabled(), layer.act
-        place = self.layers.index(layer)
-        kept = self._kept
+    def __call__(self, place: int, x: Tensor) -> Tensor:
+        """Output of the layer at `place` for x (..., K)."""
+        layer = self.layers[place]
+        weight: Any = layer._modules["weight"]
+        kept = self._kept.pop(place, None)
+        traced = torch.compiler.is_dynamo_compiling()  # there a version is data, not a number
         if kept is not None:
-            if kept[0] is x and kept[1:5] == (version, grad, act, fused):
-                y = kept[5][place]
-                if y is not None:
-                    self._keep(x, version, grad, act, fused, kept[5], place)
-                    return y
-            self._unused += 1
-        biases = [sibling.bias for sibling in self.layers]
-        sizes = [sibling.out_features for sibling in self.layers]
-        outputs = ops.fused_outputs(x, fused, sizes, biases, act)
-        self._keep(x, version, grad, act, fused, outputs, place)
+            of, version, grad, act, fusion, fused, output = kept
+            if (
+                of is x
+                and (traced or version == x._version)
+                and grad == torch.is_grad_enabled()
+                and act == layer.act
+                and fusion is weight._fusion
+                and fused is fusion.weight
+            ):
+                if self._misses > 0:
+                    self._misses -= 1
+                y: Tensor = output
+                return y
+        if kept is not None or self._kept:
+            self._misses += 1
+        alone = self._misses > 8 or (not traced and x.is_inference())
+        fused = None if alone else self.weight()
+        if fused is None:
+            self._kept.clear()
+            return ops.ternary_linear(x, weight, layer.bias, layer.act)
+        biases = [sibling._parameters["bias"] for sibling in self.layers]
+        outputs = ops.fused_outputs(x, fused, self.sizes, biases, layer.act)
+        version = 0 if traced else x._version
+        state = (x, version, torch.is_grad_enabled(), layer.act, weight._fusion, fused)
+        for i, output in enumerate(outputs):
+            if i != place:
+                self._kept[i] = (*state, output)
         return outputs[place]
 
-    def _keep(
-        self,
-        x: Tensor,
-        version: int,
-        grad: bool,
-        act: str,
-        fused: TernaryWeight,
-        outputs: tuple[Tensor | None, ...],
-        taken: int,
-    ) -> None:
-        rest = (*outputs[:taken], None, *outputs[taken + 1 :])
-        if all(y is None for y in rest):
-            self._kept = None
-            self._unused = 0
-        else:
-            self._kept = (x, version, grad, act, fused, rest)
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_kept": {}}
 
 
 class Int8Linear(nn.Module):
@@ -210,25 +215,33 @@ class Int8Linear(nn.Module):
         weight = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
         self.register_buffer("weight", weight)
         self.register_buffer("scale", torch.zeros(out_features, device=device, dtype=torch.float32))
-        self.bias = (
-            nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter(
+            "bias",
+            nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None,
         )
 
     @classmethod
+    def from_weight(
+        cls, w: Tensor, bias: nn.Parameter | None = None, act: str = "auto"
+    ) -> Int8Linear:
+        """Quantize the rows of w (N, K); the bias stays the same parameter."""
+        layer = cls(w.shape[1], w.shape[0], False, act, "meta")
+        layer.weight, layer.scale = ops.int8_quantize(w.detach())
+        layer.bias = bias
+        return layer
+
+    @classmethod
     def from_linear(cls, linear: nn.Linear, act: str = "auto") -> Int8Linear:
-        """Quantize the rows of a `torch.nn.Linear`; the bias stays the same parameter."""
-        layer = cls(linear.in_features, linear.out_features, False, act, "meta")
-        w = linear.weight.detach()
-        layer.weight, layer.scale = ops.int8_quantize(w.float() if w.dtype == torch.float64 else w)
-        layer.bias = linear.bias
-        return layer.train(linear.training)
+        """Quantize the weight of a `torch.nn.Linear`."""
+        return cls.from_weight(linear.weight, linear.bias, act).train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N) in x.dtype."""
         return ops.int8_linear(x, self.weight, self.scale, self.bias, self.act)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
         weight, scale = self.weight, self.scale
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in (("weight", weight), ("scale", scale)):
             new = self._buffers[name]
             if new is not None and new.dtype != old.dtype:
@@ -236,6 +249,7 @@ class Int8Linear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
+        """Like that of `torch.nn.Linear`."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, act={self.act}"

@@ -138,7 +138,7 @@ class TernaryWeight(nn.Module):
         return n * sum(ops.plane_bytes(k)) + self.scale.numel() * self.scale.element_size()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """scale * T as a dense tensor of `shape` in float32, bfloat16 or float16.
+        """Scale * T as a dense tensor of `shape` in float32, bfloat16 or float16.
 
         Example:
             >>> import torch
@@ -148,9 +148,9 @@ class TernaryWeight(nn.Module):
         idx, sign = self._planes()
         scale = self.scale.float()
         k = self.shape[-1]
-        return ops.ternary_dequantize(
-            idx, sign, scale, k, self.group, self.stride, dtype
-        ).view(self.shape)
+        return ops.ternary_dequantize(idx, sign, scale, k, self.group, self.stride, dtype).view(
+            self.shape
+        )
 
     def prepack(self, release: bool = False) -> None:
         """Make the packed copy for this device and instruction set.
@@ -177,7 +177,7 @@ class TernaryWeight(nn.Module):
         return pack
 
     def fused_with(self, weights: tuple[TernaryWeight, ...]) -> TernaryWeight | None:
-        """The rows of `weights`, of which this is the first, as one weight that follows changes of them.
+        """The rows of `weights`, of which this is the first, as one weight.
 
         None where they cannot be one: K, group, stride or device differ.
         """
@@ -193,6 +193,7 @@ class TernaryWeight(nn.Module):
         return fusion.weight
 
     def extra_repr(self) -> str:
+        """Shape, and group and stride where they are not the usual ones."""
         group = "" if self.group == self.shape[-1] else f", group={self.group}"
         stride = "" if self.stride == 1 else f", stride={self.stride}"
         return f"{tuple(self.shape)}{group}{stride}"
@@ -259,13 +260,13 @@ class TernaryWeight(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         release = state.pop("_release")
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._changed(release)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TernaryWeight:
         released = self._restore_planes()
         before = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype != old.dtype:
@@ -323,7 +324,7 @@ class _Fusion:
         if len(kinds) != 1:
             return False
         fused = TernaryWeight.cat(self.members)
-        packed, scale, total, *rest = fused.ready()
+        packed, scale, total, k, group, stride, layout = fused.ready()
         fused._drop_planes()
         whole_tiles = all(w.shape[0] % ops.ROW_PAD == 0 for w in self.members)
         row = 0
@@ -332,7 +333,7 @@ class _Fusion:
             if whole_tiles:
                 part = packed.narrow(0, packed.numel() * row // total, packed.numel() * n // total)
                 part_scale = scale[:, row : row + n].contiguous()
-                w._pack = (part, part_scale, n, *rest)
+                w._pack = (part, part_scale, n, k, group, stride, layout)
             else:
                 w._pack = w._make_pack()
             row += n
@@ -379,7 +380,8 @@ def quantize(
             raise TypeError(f"quantize: {name} must be an int, got {type(value).__name__}")
     if w.dim() not in (2, 3) or w.numel() == 0:
         raise ValueError(
-            f"quantize: w must have shape (N, K) or (E, N, K) and not be empty, got {tuple(w.shape)}"
+            "quantize: w must have shape (N, K) or (E, N, K) and not be empty, got "
+            f"{tuple(w.shape)}"
         )
     if scale_dtype not in ops.FLOAT_DTYPES:
         raise ValueError(
