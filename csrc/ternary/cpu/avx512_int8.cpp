@@ -18,7 +18,7 @@
 namespace alignops::ternary {
 namespace {
 
-constexpr int64_t kBlockRows = 64;  // rows that stay in the L2 cache while all slots pass
+constexpr int64_t kBlockBytes = 256 * 1024;  // of weights, which stay in the L2 cache while all slots pass
 
 // -- quantization
 // -----------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ struct Tile {
     };
     for (int64_t c = 4 * s.begin; c < whole; c += 64)
       step(c, [&](const int8_t* p) {
-        if (kSlots == 1) _mm_prefetch(reinterpret_cast<const char*>(p + 16 * a.k), _MM_HINT_T0);
+        if (slot == 0) _mm_prefetch(reinterpret_cast<const char*>(p + 16 * a.k), _MM_HINT_T0);
         return _mm512_loadu_si512(p);
       });
     if (whole < end) {
@@ -193,7 +193,7 @@ struct Tile {
     const int64_t end = round_up(a.k, 16), whole = inside(end) ? end : end - 16;
     for (int64_t c = 0; c < whole; c += 16)
       step(c, [&](const int8_t* p) {
-        if (kSlots == 1) _mm_prefetch(reinterpret_cast<const char*>(p + 16 * a.k), _MM_HINT_T0);
+        if (slot == 0) _mm_prefetch(reinterpret_cast<const char*>(p + 16 * a.k), _MM_HINT_T0);
         return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
       });
     if (whole < end)
@@ -231,15 +231,25 @@ struct Tile {
                               _mm512_mul_ps(act_scale, scale), acc);
       }
     }
-    alignas(64) float out[16];
-    _mm512_store_ps(out, acc);
+    for (int t = 0; t < tokens; ++t, acc = next_rows(acc)) store_token(token + t, acc);
+  }
+
+  // Elements kRows.. move to the front.
+  static __m512 next_rows(__m512 v) {
+    const __m512i i = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_permutexvar_ps(_mm512_add_epi32(i, _mm512_set1_epi32(kRows)), v);
+  }
+
+  void store_token(int64_t token, __m512 y) const {
     const __mmask16 mask = tail_mask16(rows);
-    const __m512 bias =
-        a.bias != nullptr ? load16_f32(a.bias, a.bias_dtype, row, mask) : _mm512_setzero_ps();
-    for (int t = 0; t < tokens; ++t) {
-      __m512 y = _mm512_maskz_loadu_ps(mask, out + t * kRows);
-      if (a.bias != nullptr) y = _mm512_add_ps(y, bias);
-      store16_f32(a.y, a.y_dtype, (token + t) * a.ldy + row, y, mask);
+    if (a.bias != nullptr) y = _mm512_add_ps(y, load16_f32(a.bias, a.bias_dtype, row, mask));
+    const int64_t at = token * a.ldy + row;
+    if (rows < kRows || kRows == 16) return store16_f32(a.y, a.y_dtype, at, y, mask);
+    if (a.y_dtype == DType::kFloat32) {
+      __builtin_memcpy(static_cast<float*>(a.y) + at, &y, kRows * sizeof(float));
+    } else {
+      const __m256i half = a.y_dtype == DType::kBFloat16 ? f32_to_bf16(y) : f32_to_fp16(y);
+      __builtin_memcpy(static_cast<uint16_t*>(a.y) + at, &half, kRows * sizeof(uint16_t));
     }
   }
 };
@@ -255,8 +265,9 @@ int64_t run_slots(const Int8LinearArgs& a, int64_t begin, int64_t end, int64_t s
 
 void linear(const Int8LinearArgs& a, int64_t row_begin, int64_t row_end) {
   const int64_t slots = a.act == Act::kA16 ? 2 * a.m : a.m;
-  for (int64_t begin = row_begin; begin < row_end; begin += kBlockRows) {
-    const int64_t end = begin + kBlockRows < row_end ? begin + kBlockRows : row_end;
+  const int64_t block = round_up(kBlockBytes / (a.k + 1) + 1, 16);
+  for (int64_t begin = row_begin; begin < row_end; begin += block) {
+    const int64_t end = begin + block < row_end ? begin + block : row_end;
     int64_t slot = run_slots<4>(a, begin, end, 0, slots);
     slot = run_slots<2>(a, begin, end, slot, slots);
     run_slots<1>(a, begin, end, slot, slots);
