@@ -12,63 +12,71 @@
 namespace alignops::ternary::avx512 {
 // --- packing
 
+namespace {
+
+// Three idx nibbles and three signs in the places of three codes of a word.
+constexpr uint64_t kIdxBits = 0x3DEF, kSignBits = 0x4210;
+
+// idx nibbles and sign bits of one row of a tile; the last tile may have half as many.
+struct RowBits {
+  uint64_t idx = 0;
+  uint32_t sign = 0;
+};
+
+}  // namespace
+
 void pack(const uint8_t* idx, const uint8_t* sign, int64_t n, int64_t k, uint8_t* packed,
           int64_t begin, int64_t end) {
-  const int64_t plane_blocks = round_up(ceil_div(k, 4), 8),
-                tiles = ceil_div(plane_blocks, kTileBlocks);
+  const int64_t bytes = ceil_div(ceil_div(k, 4), 8), tiles = ceil_div(bytes, 2);
   for (int64_t rt = begin; rt < end; ++rt)
     for (int64_t ct = 0; ct < tiles; ++ct) {
       auto* w = reinterpret_cast<uint16_t*>(packed + (rt * tiles + ct) * kTileBytes);
       for (int64_t lane = 0; lane < kTileRows; ++lane) {
-        const int64_t r = rt * kTileRows + lane;
-        uint32_t codes[kTileBlocks] = {};
-        for (int64_t i = 0; i < kTileBlocks && r < n; ++i) {
-          const int64_t b = ct * kTileBlocks + i;
-          if (b >= plane_blocks) break;
-          codes[i] = plane_code(idx + r * (plane_blocks / 2), sign + r * (plane_blocks / 8), b);
+        const int64_t r = rt * kTileRows + lane, first = r * bytes + 2 * ct;
+        const size_t count = 2 * ct + 2 <= bytes ? 2 : 1;
+        RowBits bits;
+        if (r < n) {
+          __builtin_memcpy(&bits.idx, idx + 4 * first, 4 * count);
+          __builtin_memcpy(&bits.sign, sign + first, count);
         }
-        for (int64_t j = 0; j < 5; ++j)
-          w[j * kTileRows + lane] =
-              static_cast<uint16_t>(codes[3 * j] | codes[3 * j + 1] << 5 | codes[3 * j + 2] << 10 |
-                                    (codes[15] >> j & 1U) << 15);
+        const uint64_t last = bits.idx >> 60 | bits.sign >> 15 << 4;
+        for (unsigned j = 0; j < 5; ++j)
+          w[j * kTileRows + lane] = static_cast<uint16_t>(_pdep_u64(bits.idx >> 12 * j, kIdxBits) |
+                                                          _pdep_u64(bits.sign >> 3 * j, kSignBits) |
+                                                          (last >> j & 1U) << 15);
       }
     }
 }
 
 void unpack(const uint8_t* packed, int64_t n, int64_t k, uint8_t* idx, uint8_t* sign, int64_t begin,
             int64_t end) {
-  const int64_t plane_blocks = round_up(ceil_div(k, 4), 8),
-                tiles = ceil_div(plane_blocks, kTileBlocks);
+  const int64_t bytes = ceil_div(ceil_div(k, 4), 8), tiles = ceil_div(bytes, 2);
   for (int64_t rt = begin; rt < end; ++rt)
-    for (int64_t lane = 0; lane < kTileRows; ++lane) {
-      const int64_t r = rt * kTileRows + lane;
-      if (r >= n) return;
-      for (int64_t b = 0; b < plane_blocks; b += 2) {
-        uint32_t code[2];
-        for (int64_t i = 0; i < 2; ++i) {
-          const auto* w = reinterpret_cast<const uint16_t*>(
-                              packed + (rt * tiles + (b + i) / kTileBlocks) * kTileBytes) +
-                          lane;
-          const int64_t place = (b + i) % kTileBlocks;
-          code[i] = 0;
-          if (place < 15) {
-            code[i] = w[place / 3 * kTileRows] >> place % 3 * 5 & 31U;
+    for (int64_t ct = 0; ct < tiles; ++ct) {
+      const auto* w = reinterpret_cast<const uint16_t*>(packed + (rt * tiles + ct) * kTileBytes);
+      for (int64_t lane = 0; lane < kTileRows && rt * kTileRows + lane < n; ++lane) {
+        const int64_t first = (rt * kTileRows + lane) * bytes + 2 * ct;
+        const size_t count = 2 * ct + 2 <= bytes ? 2 : 1;
+        RowBits bits;
+        for (unsigned j = 0; j < 5; ++j) {
+          const uint64_t word = w[j * kTileRows + lane];
+          bits.idx |= _pext_u64(word, kIdxBits) << 12 * j;
+          bits.sign |= static_cast<uint32_t>(_pext_u64(word, kSignBits)) << 3 * j;
+          if (j < 4) {
+            bits.idx |= (word >> 15) << (60 + j);
           } else {
-            for (int64_t j = 0; j < 5; ++j) code[i] |= (w[j * kTileRows] >> 15 & 1U) << j;
+            bits.sign |= static_cast<uint32_t>(word >> 15) << 15;
           }
         }
-        idx[r * (plane_blocks / 2) + (b >> 1)] =
-            static_cast<uint8_t>((code[0] & 15U) | (code[1] & 15U) << 4);
-        uint8_t& s = sign[r * (plane_blocks / 8) + (b >> 3)];
-        const auto bits = static_cast<uint8_t>((code[0] >> 4 | code[1] >> 4 << 1) << (b & 7));
-        s = (b & 7) == 0 ? bits : static_cast<uint8_t>(s | bits);
+        __builtin_memcpy(idx + 4 * first, &bits.idx, 4 * count);
+        __builtin_memcpy(sign + first, &bits.sign, count);
       }
     }
 }
 
-namespace {
-
 // --- tables
+
+namespace {
 
 struct Int16Lanes {
   alignas(64) int16_t v[4][32];

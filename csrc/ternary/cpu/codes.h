@@ -14,10 +14,4 @@ static constexpr int lane_of(uint32_t code, int p) {
   return code >= 16 ? -v : v;
 }
 
-// Code of block b of a row of the canonical planes.
-static inline uint32_t plane_code(const uint8_t* idx, const uint8_t* sign, int64_t b) {
-  const uint32_t low = idx[b >> 1] >> (b & 1) * 4 & 15U;
-  return low | (sign[b >> 3] >> (b & 7) & 1U) << 4;
-}
-
 }  // namespace alignops::ternary
