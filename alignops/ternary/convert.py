@@ -176,9 +176,28 @@ def convert(
             weight_bytes(made),
         )
     if fuse:
-        report.fused = _fuse(model)
+        report.fused = fuse_siblings(model)
     report.bytes_after = model_bytes(model)
     return report
+
+
+def fuse_siblings(model: nn.Module) -> list[tuple[str, ...]]:
+    """Compute q/k/v and gate/up of a converted model in one call each, see `Siblings`.
+
+    Returns:
+        The names of the layers that now belong together, those that did before not among them.
+    """
+    fused = []
+    for name, module in model.named_modules():
+        children = dict(module.named_children())
+        for names in SIBLINGS:
+            layers = tuple(m for n in names if isinstance(m := children.get(n), TernaryLinear))
+            kinds = {(m.in_features, m.weight.group, m.weight.stride, m.act) for m in layers}
+            free = all(m._siblings is None for m in layers)
+            if len(set(layers)) == len(names) and len(kinds) == 1 and free:
+                Siblings(layers)
+                fused.append(tuple(f"{name}.{n}".removeprefix(".") for n in names))
+    return fused
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -316,20 +335,6 @@ def _unfit(layer: nn.Module, group: int | None, stride: int) -> str | None:
     if (group or k) > k or (stride == 16 and k % 64):
         return f"K={k} does not fit group={group}, stride={stride}"
     return None
-
-
-def _fuse(model: nn.Module) -> list[tuple[str, ...]]:
-    fused = []
-    for name, module in model.named_modules():
-        children = dict(module.named_children())
-        for names in SIBLINGS:
-            layers = tuple(m for n in names if isinstance(m := children.get(n), TernaryLinear))
-            kinds = {(m.in_features, m.weight.group, m.weight.stride, m.act) for m in layers}
-            free = all(m._siblings is None for m in layers)
-            if len(set(layers)) == len(names) and len(kinds) == 1 and free:
-                Siblings(layers)
-                fused.append(tuple(f"{name}.{n}".removeprefix(".") for n in names))
-    return fused
 
 
 def _bar(layers: dict[nn.Module, str], show: bool) -> Iterable[tuple[nn.Module, str]]:
