@@ -19,7 +19,7 @@ LOOKUP_TOKENS = 4  # beyond, the kernels decode and multiply
 def test_linear_decode(
     measure: Callable[..., None], n: int, k: int, m: int, act: str, cold: bool
 ) -> None:
-    runner = contestants.linear(contestants.random_weight(n, k), m, cold, act)
+    runner = contestants.linear(n, k, m, cold, act)
     work = m * n * k
     ops = {"lookups": work / 4} if m <= LOOKUP_TOKENS else {"macs": work}
     measure(runner, cold=cold, shape=(m, n, k), dtype="bfloat16", act=act, **ops)
@@ -29,7 +29,7 @@ def test_linear_decode(
 @pytest.mark.parametrize("m", [64, 512])
 @pytest.mark.parametrize(("n", "k"), shapes.MATRICES[:2], ids=lambda v: str(v))
 def test_linear_batch(measure: Callable[..., None], n: int, k: int, m: int, act: str) -> None:
-    runner = contestants.linear(contestants.random_weight(n, k), m, False, act, hot_calls=1)
+    runner = contestants.linear(n, k, m, False, act, hot_calls=1)
     measure(runner, cold=False, macs=m * n * k, shape=(m, n, k), dtype="bfloat16", act=act)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 
@@ -20,8 +21,15 @@ def random_weight(
     return torch.randn(n, k, generator=generator).mul_(0.02).to(dtype)
 
 
+@functools.lru_cache(maxsize=2)
+def _ring(n: int, k: int, group: int | None, cold: bool) -> list[ternary.TernaryWeight]:
+    first = ternary.quantize(random_weight(n, k), group)
+    return [first] + [copy.deepcopy(first) for _ in range(ring_length(first.nbytes, cold) - 1)]
+
+
 def linear(
-    weight: torch.Tensor,
+    n: int,
+    k: int,
     m: int,
     cold: bool,
     act: str = "a8g",
@@ -30,12 +38,10 @@ def linear(
     hot_calls: int = 16,
 ) -> Runner:
     """`ternary_linear` on m tokens; per-channel scales unless `group` is given."""
-    n, k = weight.shape
-    first = ternary.quantize(weight, group)
-    nbytes = packed_bytes(n, k) + 4 * first.scale.numel()
-    ring = [first] + [copy.deepcopy(first) for _ in range(ring_length(nbytes, cold) - 1)]
+    ring = _ring(n, k, group, cold)
+    nbytes = ring[0].nbytes
     if not cold:
-        ring *= hot_calls
+        ring = ring * hot_calls
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(0)).to(dtype)
     call = alignops.ternary_linear
 

@@ -152,8 +152,8 @@ def gemv(report: Report) -> Iterator[str]:
                 yield case
                 others = _peers(report, weight, 1, threads, cold, ALL_KINDS)
                 runners = [
-                    contestants.linear(weight, 1, cold),
-                    contestants.linear(weight, 1, cold, act="none"),
+                    contestants.linear(n, k, 1, cold),
+                    contestants.linear(n, k, 1, cold, act="none"),
                     peers.torch_bf16(weight, 1, cold),
                     peers.torch_int8(weight, 1, cold),
                     *(other.runner() for other in others),
@@ -216,7 +216,7 @@ def avx2(report: Report) -> Iterator[str]:
         with alignops.testing.use_isa("avx2"):
             packed = alignops.ternary.quantize(weight)
             usual = classic.ClassicLookup(packed.idx, packed.sign, packed.scale)
-            ours = contestants.linear(weight, 1, cold=False, dtype=torch.float32)
+            ours = contestants.linear(n, k, 1, cold=False, dtype=torch.float32)
             s = report.time(
                 case, [ours, usual.runner(1), usual.runner(2)], 1, shape=(n, k), cold=False
             )
@@ -235,8 +235,8 @@ def batch(report: Report) -> Iterator[str]:
             yield case
             others = _peers(report, weight, 8, threads, True, ALL_KINDS)
             runners = [
-                contestants.linear(weight, 8, True),
-                contestants.linear(weight, 8, True, act="none"),
+                contestants.linear(n, k, 8, True),
+                contestants.linear(n, k, 8, True, act="none"),
                 peers.torch_bf16(weight, 8, True),
                 peers.torch_int8(weight, 8, True),
                 *(other.runner() for other in others),
@@ -259,8 +259,8 @@ def gemm(report: Report) -> Iterator[str]:
                 kinds = (("Q4_0", True),) if m > 128 or report.quick else ALL_KINDS
                 others = _peers(report, weight, m, threads, False, kinds)
                 runners = [
-                    contestants.linear(weight, m, False, hot_calls=1),
-                    contestants.linear(weight, m, False, act="none", hot_calls=1),
+                    contestants.linear(n, k, m, False, hot_calls=1),
+                    contestants.linear(n, k, m, False, act="none", hot_calls=1),
                     peers.torch_bf16(weight, m, False),
                     peers.torch_int8(weight, m, False),
                     *(other.runner() for other in others),
