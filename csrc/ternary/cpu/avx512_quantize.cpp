@@ -153,8 +153,9 @@ template <int64_t kStride>
   for (int p = 0; p < 4; ++p) m[p] = _mm512_castps_si512(_mm512_abs_ps(l.v[p]));
   if (count < 64 && count % 4 != 0) {
     const __mmask16 block = mask_of(1 << count / 4);
-    for (int64_t p = count % 4; p < 4; ++p)
-      m[p] = _mm512_mask_mov_epi32(m[p], block, _mm512_set1_epi32(-1));
+    for (int p = 1; p < 4; ++p)
+      m[p] =
+          _mm512_mask_mov_epi32(m[p], p >= count % 4 ? block : mask_of(0), _mm512_set1_epi32(-1));
   }
   Choice c;
   c.z1 = _mm512_cmplt_epi32_mask(_mm512_min_epi32(m[2], m[3]), _mm512_min_epi32(m[0], m[1]));
