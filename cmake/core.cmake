@@ -39,11 +39,12 @@ function(alignops_configure target)
             "$<$<COMPILE_LANGUAGE:CXX>:${ALIGNOPS_WARNINGS}>")
 endfunction()
 
-# alignops_add_core(<name> KERNELS <file>... OPS <file>... [OPS_CUDA <file>...] [CUDA <file>...] [TESTS <file>...])
+# alignops_add_core(<name> KERNELS <file>... OPS <file>... [OPS_CUDA <file>...] [CUDA <file>...]
+#                   [TESTS <file>...] [CUDA_TESTS <file>...])
 # Paths are relative to csrc/<name>, those of TESTS to the root. KERNELS may use neither torch nor Python; a file
 # cpu/<isa>_*.cpp is compiled for that instruction set.
 function(alignops_add_core name)
-  cmake_parse_arguments(PARSE_ARGV 1 core "" "" "KERNELS;OPS;OPS_CUDA;CUDA;TESTS")
+  cmake_parse_arguments(PARSE_ARGV 1 core "" "" "KERNELS;OPS;OPS_CUDA;CUDA;TESTS;CUDA_TESTS")
   foreach(kind KERNELS OPS OPS_CUDA CUDA)
     list(TRANSFORM core_${kind} PREPEND csrc/${name}/)
   endforeach()
@@ -75,6 +76,7 @@ function(alignops_add_core name)
     add_executable(${name}_test ${core_TESTS})
     target_link_libraries(${name}_test PRIVATE alignops_${name} alignops_common)
     alignops_configure(${name}_test)
+    alignops_add_cuda_test(${name} ${core_CUDA_TESTS})
     add_test(NAME ${name} COMMAND ${name}_test)
     return()
   endif()
@@ -89,6 +91,19 @@ function(alignops_add_core name)
   if(ALIGNOPS_BUILD_CUDA)
     alignops_add_cuda(${name} KERNELS ${core_CUDA} OPS ${core_OPS_CUDA})
   endif()
+endfunction()
+
+# CUDA kernels as host code: the tests include the .cu files. Needs CUDA's headers, but no CUDA compiler and no GPU.
+function(alignops_add_cuda_test name)
+  find_path(ALIGNOPS_CUDA_INCLUDE cuda_runtime_api.h HINTS ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES include)
+  if(NOT ARGN OR NOT ALIGNOPS_CUDA_INCLUDE)
+    return()
+  endif()
+  add_executable(${name}_cuda_test ${ARGN})
+  target_include_directories(${name}_cuda_test SYSTEM PRIVATE ${ALIGNOPS_CUDA_INCLUDE})
+  target_link_libraries(${name}_cuda_test PRIVATE alignops_${name} alignops_common)
+  alignops_configure(${name}_cuda_test)
+  target_compile_options(${name}_cuda_test PRIVATE -Wno-unknown-pragmas)
 endfunction()
 
 # The one Python module, alignops._C: bindings plus the objects of every core.

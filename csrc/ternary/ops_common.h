@@ -70,14 +70,22 @@ inline DType float_dtype(ScalarType t, const char* op, const char* argument) {
   }
 }
 
-inline void check_cpu(const Tensor& t, const char* op, const char* argument) {
-  ALIGNOPS_CHECK(t.is_cpu(), op, ": ", argument, " must be on the CPU, got another device");
+// Where the arguments of an op live: the CPU, or the GPU of this index.
+inline constexpr int32_t kCpu = -1;
+
+inline void check_device(const Tensor& t, int32_t device, const char* op, const char* argument) {
+  if (device == kCpu) {
+    ALIGNOPS_CHECK(t.is_cpu(), op, ": ", argument, " must be on the CPU, got another device");
+  } else {
+    ALIGNOPS_CHECK(t.is_cuda() && t.get_device_index() == device, op, ": ", argument,
+                   " must be on cuda:", device, ", got another device");
+  }
 }
 
 // A tensor that the kernels read as it lies in memory.
 inline void check_layout(const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> shape,
-                         const char* op, const char* argument) {
-  check_cpu(t, op, argument);
+                         const char* op, const char* argument, int32_t device = kCpu) {
+  check_device(t, device, op, argument);
   ALIGNOPS_CHECK(t.scalar_type() == dtype, op, ": ", argument, " must be ", dtype_name(dtype),
                  ", got ", dtype_name(t.scalar_type()));
   const auto sizes = t.sizes();
@@ -113,8 +121,8 @@ struct Rows {
   int64_t rows, columns, ld;
 };
 
-inline Rows as_rows(const Tensor& t, const char* op, const char* argument) {
-  check_cpu(t, op, argument);
+inline Rows as_rows(const Tensor& t, const char* op, const char* argument, int32_t device = kCpu) {
+  check_device(t, device, op, argument);
   const DType dtype = float_dtype(t.scalar_type(), op, argument);
   const int64_t dim = t.dim();
   ALIGNOPS_CHECK(dim >= 1, op, ": ", argument, " must have at least one dimension, got a scalar");
@@ -134,10 +142,11 @@ struct Bias {
 };
 
 // A bias of n elements, float32 or of x's dtype.
-inline Bias as_bias(const std::optional<Tensor>& bias, const Tensor& x, int64_t n, const char* op) {
+inline Bias as_bias(const std::optional<Tensor>& bias, const Tensor& x, int64_t n, const char* op,
+                    int32_t device = kCpu) {
   if (!bias.has_value()) return {nullptr, DType::kFloat32};
   const bool same = bias->scalar_type() == x.scalar_type();
-  check_layout(*bias, same ? x.scalar_type() : ScalarType::Float, {n}, op, "bias");
+  check_layout(*bias, same ? x.scalar_type() : ScalarType::Float, {n}, op, "bias", device);
   return {bias->const_data_ptr(), float_dtype(bias->scalar_type(), op, "bias")};
 }
 
