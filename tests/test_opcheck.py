@@ -1,0 +1,27 @@
+"""torch.library.opcheck for every operator of the namespace: schema, fake kernel, autograd, AOT."""
+
+import pytest
+import torch
+from ternary import samples
+
+VALID = {**samples.VALID}
+
+
+def operators() -> set[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.split("::")[1].split(".")[0] for name in names if name.startswith("alignops::")}
+
+
+def test_every_operator_has_samples() -> None:
+    assert operators() == set(VALID)
+    assert set(samples.INVALID) == set(VALID)
+
+
+@pytest.mark.parametrize("name", sorted(VALID))
+def test_opcheck(name: str) -> None:
+    op = getattr(torch.ops.alignops, name).default
+    count = 0
+    for args in VALID[name]():
+        torch.library.opcheck(op, args)
+        count += 1
+    assert count > 1
