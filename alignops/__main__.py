@@ -61,7 +61,7 @@ def report() -> str:
 
 
 def command() -> None:
-    """The console command `alignops`; says what to install where its extra is missing."""
+    """The console command `alignops`. Wrong arguments and a missing extra end it with one line."""
     try:
         from alignops.cli import app
     except ModuleNotFoundError as error:
@@ -69,7 +69,10 @@ def command() -> None:
             f"alignops: {error.name} is missing. This command needs: pip install 'alignops[demo]'\n"
             "Without it, `python -m alignops` prints versions and build information."
         )
-    app()
+    try:
+        app()
+    except ValueError as error:
+        sys.exit(f"alignops: {error}")
 
 
 if __name__ == "__main__":

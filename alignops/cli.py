@@ -1,0 +1,82 @@
+"""The `alignops` command: thin commands over demos, benchmarks and conversion."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+)
+demo = typer.Typer(no_args_is_help=True, help="Run a core on a real model.")
+bench = typer.Typer(no_args_is_help=True, help="Measure a core (in a checkout).")
+app.add_typer(demo, name="demo")
+app.add_typer(bench, name="bench")
+
+
+@app.command()
+def info() -> None:
+    """Print versions, build, instruction set, devices and environment variables."""
+    from alignops.__main__ import report
+
+    typer.echo(report())
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="Folder or name of a transformers model.")],
+    target: Annotated[Path, typer.Argument(help="Folder for the converted model.")],
+    include: Annotated[list[str] | None, typer.Option(help="Patterns of layers.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Patterns to leave alone.")] = None,
+    group: Annotated[int | None, typer.Option(help="Columns per scale; default a row.")] = None,
+    head: Annotated[str | None, typer.Option(help='"int8": the output layer in int8.')] = None,
+    fuse: Annotated[bool, typer.Option(help="Compute q/k/v and gate/up in one call.")] = False,
+) -> None:
+    """Convert a language model to 1.25-bit weights and save it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from alignops.integrations import hf
+
+    lm = AutoModelForCausalLM.from_pretrained(model)
+    chosen = {"exclude": exclude} if exclude else {}
+    report = hf.convert(lm, include=include, group=group, head=head, fuse=fuse, **chosen)
+    typer.echo(report)
+    lm.save_pretrained(target)
+    AutoTokenizer.from_pretrained(model).save_pretrained(target)
+
+
+@demo.command("arenas")
+def demo_arenas(
+    minutes: Annotated[float, typer.Option(help="How long to train, about.")] = 8.0,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead.")] = None,
+    checkpoint: Annotated[Path, typer.Option(help="Where the state is kept.")] = Path(
+        "arenas-smollm2.pt"
+    ),
+    resume: Annotated[bool, typer.Option(help="Continue from the checkpoint.")] = False,
+) -> None:
+    """Train SmolLM2-135M towards 1.25-bit weights, with itself as the teacher."""
+    from alignops.demo import arenas
+
+    arenas.run(minutes, steps, checkpoint, resume)
+
+
+@bench.command("ternary")
+def bench_ternary(
+    quick: Annotated[bool, typer.Option(help="One matrix, three rounds.")] = False,
+    only: Annotated[str, typer.Option(help="Sections, comma separated; default all.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
+) -> None:
+    """Measure the ternary core against its floors and peers; writes Markdown, JSON and a plot."""
+    root = Path(__file__).parents[1]
+    if not (root / "benchmarks").is_dir():
+        sys.exit("alignops bench: benchmarks are not part of the package; run it in a checkout")
+    sys.path.insert(0, str(root))
+    from benchmarks import report
+
+    arguments = ["--quick"] if quick else []
+    arguments += ["--only", only] if only else []
+    arguments += ["--out", str(out)] if out else []
+    report.main(arguments)
