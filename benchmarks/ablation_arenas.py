@@ -32,6 +32,15 @@ from alignops.ternary.arenas import ArenasSchedule
 RESULTS = Path(__file__).parent / "results" / "arenas-ablation"
 Runs = dict[str, list[dict[str, Any]]]
 
+# Side runs with one seed: what the comparison owes to the learning rate and to when lambda ends.
+VARIANTS = {
+    "learning rate 6e-4": (
+        Setting(learning_rate=6e-4),
+        ("dense", "3:4 + Arenas", "3:4 direct"),
+    ),
+    "lambda 0 from half of the steps on": (Setting(residual_share=0.5), ("3:4 + Arenas",)),
+}
+
 STYLE = {
     "dense": {"color": "#222222", "linestyle": "-"},
     "3:4 + Arenas": {"color": "#1f6fb4", "linestyle": "-"},
@@ -42,7 +51,7 @@ STYLE = {
 
 
 def run_path(folder: Path, configuration: str, seed: int) -> Path:
-    return folder / "runs" / f"{re.sub('[^a-z0-9]+', '-', configuration.lower())}-{seed}.json"
+    return folder / "runs" / f"{slug(configuration)}-{seed}.json"
 
 
 def run_all(folder: Path, seeds: int, setting: Setting) -> None:
@@ -60,6 +69,21 @@ def run_all(folder: Path, seeds: int, setting: Setting) -> None:
     for configuration, seed in todo:
         result = train(configuration, seed, text, setting, lambda line: print(line, flush=True))
         run_path(folder, configuration, seed).write_text(json.dumps(result) + "\n")
+
+
+def slug(name: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", name.lower())
+
+
+def run_variants(folder: Path) -> None:
+    text = Text(load_corpus(), Setting().vocabulary)
+    (folder / "variants").mkdir(parents=True, exist_ok=True)
+    for variant, (setting, configurations) in VARIANTS.items():
+        for configuration in configurations:
+            path = folder / "variants" / f"{slug(variant)}--{slug(configuration)}.json"
+            if not path.exists():
+                result = train(configuration, 0, text, setting, lambda s: print(s, flush=True))
+                path.write_text(json.dumps({"variant": variant, **result}) + "\n")
 
 
 def load_runs(folder: Path) -> Runs:
@@ -247,10 +271,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=Setting.steps)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--variants", action="store_true", help="the side runs, instead")
     parser.add_argument("--report-only", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if not arguments.report_only:
+    if arguments.variants:
+        run_variants(arguments.folder)
+    elif not arguments.report_only:
         run_all(arguments.folder, arguments.seeds, Setting(steps=arguments.steps))
     report(arguments.folder)
 

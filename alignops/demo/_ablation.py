@@ -41,6 +41,7 @@ class Setting:
     steps: int = 1000
     warmup: int = 50
     learning_rate: float = 1.5e-3
+    residual_share: float = 1.0  # of the steps, after which lambda is 0
     evaluate_every: int = 100
     evaluate_windows: int = 128
     measure_every: int = 50
@@ -115,7 +116,7 @@ class BinaryLinear(nn.Linear):
 
 
 def _prepare(model: SmallLM, configuration: str, steps: int) -> ArenasSchedule | None:
-    """Swaps the linear layers of the blocks in place; the returned schedule is None for dense."""
+    """Swaps the linear layers of the blocks in place; `steps` with the residual; None for dense."""
     if configuration == "dense":
         return None
     bits, _, residual = configuration.partition(" ")
@@ -232,7 +233,7 @@ def train(
     started = time.perf_counter()
     torch.manual_seed(seed)
     model = SmallLM(setting)
-    schedule = _prepare(model, configuration, setting.steps)
+    schedule = _prepare(model, configuration, round(setting.residual_share * setting.steps))
     weights: dict[str, Tensor] = {
         name: module.weight
         for name, module in model.blocks.named_modules()

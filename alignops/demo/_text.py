@@ -16,7 +16,7 @@ PACKAGES = ("stdlib", "torch", "numpy", "sympy", "networkx", "transformers")
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and held-out documents; no paragraph occurs twice, and no file feeds both parts."""
+    """Training and held-out documents; no file and no paragraph feeds both."""
 
     train: list[str]
     held_out: list[str]
@@ -53,8 +53,12 @@ def _docstrings(source: str) -> Iterator[str]:
 def load_corpus(packages: Sequence[str] = PACKAGES, shortest: int = 200) -> Corpus:
     """Docstrings of `packages` (those that are installed), every twentieth file held out.
 
-    Paragraphs seen before are dropped, so nothing held out was trained on word for word; what is
-    left of a docstring counts if it has at least `shortest` characters.
+    Paragraphs of earlier docstrings are dropped, so nothing held out was trained on word for word;
+    what is left of a docstring counts if it has at least `shortest` characters.
+
+    Args:
+        packages: names of packages, or "stdlib".
+        shortest: characters of the shortest document.
 
     Returns:
         Corpus: documents in an order that depends on the installed versions only.

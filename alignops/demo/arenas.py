@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from alignops.demo import _ablation
+from alignops.demo._common import load_smollm2
 from alignops.demo._text import load_corpus
 from alignops.ternary.arenas import ArenasSchedule, finalize, prepare_arenas
 from alignops.ternary.diagnostics import codes, flip_rate, latent_shares
@@ -292,3 +294,25 @@ def _sample(model: nn.Module, tokenizer: Any) -> dict[str, str]:
     out = model.generate(**ids, max_new_tokens=24, do_sample=False)  # type: ignore[operator]
     text = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
     return {"prompt": prompt, "text": text}
+
+
+def ablate(
+    steps: int | None = None, seeds: int = 1, echo: Callable[[str], None] = print
+) -> list[dict[str, Any]]:
+    """Trains a small language model from scratch in every configuration and compares them.
+
+    Returns:
+        list: the record of every run, see `alignops.demo._ablation.train`.
+    """
+    setting = _ablation.Setting() if steps is None else _ablation.Setting(steps=steps)
+    echo("Reading the docstrings of the installed packages ...")
+    text = _ablation.Text(load_corpus(), setting.vocabulary)
+    runs = [
+        _ablation.train(configuration, seed, text, setting, echo)
+        for seed in range(seeds)
+        for configuration in _ablation.CONFIGURATIONS
+    ]
+    echo(f"Held-out loss after {setting.steps} steps, nats per token, as deployed:")
+    for run_ in runs:
+        echo(f"  {run_['configuration']:15} seed {run_['seed']}: {run_['held_out'][-1][1]:.3f}")
+    return runs

@@ -242,10 +242,10 @@ class ArenasLinear(nn.Linear):
     """Linear layer that trains 1.25-bit weights; latent `weight` (N, K) and bias of `nn.Linear`.
 
     In training mode `y = x (alpha T + lambda W)^T + b`, T and alpha quantized from W at every call;
-    gradients are `dL/dX = g (alpha T + lambda W)` and, straight through, `dL/dW = (1 + lambda) g^T
-    x` for all of W. The output has the dtype of x, or autocast's; statistics are float32. In eval mode
-    lambda counts as 0 and the layer computes what `finalize` will: with the packed weight in mode
-    `none`, quantized at every call so that it is never stale.
+    `dL/dX = g (alpha T + lambda W)` and, straight through, `dL/dW = (1 + lambda) g^T x` for all of
+    W. The output has the dtype of x, or autocast's; statistics are float32. In eval mode lambda
+    counts as 0 and the layer computes what `finalize` will: with the packed weight in mode `none`,
+    quantized at every call so that it is never stale.
 
     Args:
         in_features: K.
