@@ -56,11 +56,18 @@ def demo_arenas(
         "arenas-smollm2.pt"
     ),
     resume: Annotated[bool, typer.Option(help="Continue from the checkpoint.")] = False,
+    direct: Annotated[bool, typer.Option(help="Without the residual, to compare.")] = False,
+    ablation: Annotated[
+        bool, typer.Option(help="Compare dense, ternary and binary on a small model instead.")
+    ] = False,
 ) -> None:
     """Train SmolLM2-135M towards 1.25-bit weights, with itself as the teacher."""
     from alignops.demo import arenas
 
-    arenas.run(minutes, steps, checkpoint, resume)
+    if ablation:
+        arenas.ablate(steps)
+    else:
+        arenas.run(minutes, steps, checkpoint, resume, arenas.Setting(residual=not direct))
 
 
 @bench.command("ternary")

@@ -38,6 +38,7 @@ class Setting:
     learning_rate: float = 4e-4
     warmup_share: float = 0.05
     hidden_weight: float = 1.0
+    residual: bool = True
     seed: int = 0
 
 
@@ -63,7 +64,7 @@ class Distillation:
         self.setting, self.steps = setting, steps
         self.student = copy.deepcopy(model).train()
         self.teacher = copy.deepcopy(model).to(torch.bfloat16).eval().requires_grad_(False)
-        self.schedule = ArenasSchedule(steps)
+        self.schedule = ArenasSchedule(steps, max_lambda=1.0 if setting.residual else 0.0)
         prepare_arenas(self.student, self.schedule)
         self.student.get_input_embeddings().requires_grad_(False)  # type: ignore[operator]
         self.trained = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
