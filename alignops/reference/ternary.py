@@ -26,9 +26,10 @@ TINY = 1e-30  # activations whose largest magnitude is not above this are quanti
 
 def to_blocks(w: Tensor, stride: int = 1) -> Tensor:
     """(N, K) -> (N, B, 4), zero padded; lanes are `stride` columns apart (16: in chunks of 64)."""
+    n, k = w.shape
     if stride == 1:
-        return F.pad(w, (0, -w.shape[1] % 4)).reshape(len(w), -1, 4)
-    return w.reshape(len(w), -1, 4, stride).transpose(2, 3).flatten(1, 2)
+        return F.pad(w, (0, -k % 4)).reshape(n, -(-k // 4), 4)
+    return w.reshape(n, k // 64, 4, stride).transpose(2, 3).flatten(1, 2)
 
 
 def from_blocks(b: Tensor, k: int, stride: int = 1) -> Tensor:
@@ -251,7 +252,7 @@ def int8_linear(
     rows = x.reshape(x.shape[:-1].numel(), k)
     if act == "none":
         y = rows.double() @ (q.double() * scale.double()[:, None]).T
-        return (y if bias is None else y + bias.double()).reshape(*x.shape[:-1], -1)
+        return (y if bias is None else y + bias.double()).reshape(*x.shape[:-1], q.shape[0])
     codes, s = quantize_activations(rows, act)
     columns = ACT_GROUP_COLUMNS if act == "a8g" else max(k, 1)
     acc = torch.zeros(rows.shape[0], q.shape[0])
