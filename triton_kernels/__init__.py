@@ -1,1 +1,1 @@
-"""Triton kernels of alignops, one module per core. Importing this package does not import triton."""
+"""Triton kernels, one module per core. Importing this package does not import triton."""

@@ -1,5 +1,6 @@
 """3:4 sparse ternary weights in 1.25 bits (Sherry, arXiv 2601.07892)."""
 
+from alignops.ternary import _triton as _triton
 from alignops.ternary import diagnostics as diagnostics
 from alignops.ternary.arenas import ArenasLinear as ArenasLinear
 from alignops.ternary.arenas import ArenasSchedule as ArenasSchedule

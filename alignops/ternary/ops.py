@@ -8,7 +8,10 @@ the same type, the same argument.
 from __future__ import annotations
 
 import itertools
+import math
+import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -27,6 +30,15 @@ ROW_PAD = 64
 # Widest K whose sums fit int32, by code of the mode.
 _MAX_COLUMNS = {1: 22_000_000, 2: 22_000_000, 3: 87_000}
 _INT8_MAX_COLUMNS = 131_072
+
+#: On a GPU, the C++ kernels take up to this many tokens, and the Triton kernels more than that.
+CUDA_TOKENS = (
+    math.inf
+    if find_spec("triton") is None
+    else 0
+    if os.environ.get("ALIGNOPS_PREFER_TRITON") == "1"
+    else 8
+)
 
 _op = torch.ops.alignops
 _compiling = torch.compiler.is_dynamo_compiling
@@ -77,8 +89,12 @@ def check_group(k: int, group: int, stride: int, op: str) -> None:
     )
 
 
-def _act(act: int, op: str) -> None:
+def _act(act: int, op: str, x: Tensor) -> None:
     _check(0 <= act <= 3, f"{op}: act must be 0 (none), 1 (a8), 2 (a8g) or 3 (a16), got {act}")
+    _check(
+        act != ACTS["a16"] or not x.is_cuda,
+        f"{op}: act must be 0 (none), 1 (a8) or 2 (a8g) on a GPU, got 3 (a16)",
+    )
 
 
 def _rows(x: Tensor, op: str, k: int, source: str) -> None:
@@ -171,7 +187,10 @@ def ternary_fake_quant(
 
 
 @torch.library.register_fake("alignops::ternary_fake_quant")
-def _(w: Tensor, lam: Tensor, group: int, stride: int, dtype: torch.dtype) -> Tensor:
+def fake_quant_output(
+    w: Tensor, lam: Tensor, group: int, stride: int, dtype: torch.dtype
+) -> Tensor:
+    """Checks the arguments of the operator and allocates its result."""
     op = "ternary_fake_quant"
     n, k = _matrix(w, op)
     _layout(lam, torch.float32, (), op, "lam")
@@ -273,8 +292,8 @@ def ternary_linear(x: Tensor, weight: Any, bias: Any = None, act: str = "auto") 
         bias: (N,) float32 or x.dtype; for a sequence of weights a sequence of these, or of None.
         act: how activations enter the products. "none": as they are, with float32 sums. "a8": int8,
             one scale per token. "a8g": int8, one scale per token and 256 columns. "a16": 16 bits
-            per token. "auto": "none" where x is float32 or needs a gradient or is on a GPU, else
-            "a8g".
+            per token, on the CPU only. "auto": "none" where x is float32 or needs a gradient or is
+            on a GPU, else "a8g".
 
     Returns:
         (..., N) in x.dtype, or a tuple of these. On the CPU the bits do not depend on the number of
@@ -283,7 +302,7 @@ def ternary_linear(x: Tensor, weight: Any, bias: Any = None, act: str = "auto") 
 
     Raises:
         TypeError: an argument is of a wrong Python type, or x is not float32, bfloat16 or float16.
-        ValueError: shapes do not fit, or act is unknown.
+        ValueError: shapes or devices do not fit, or act is unknown or not available on the device.
 
     Source: arXiv 2601.07892, section 3.
 
@@ -303,6 +322,9 @@ def ternary_linear(x: Tensor, weight: Any, bias: Any = None, act: str = "auto") 
     packed, scale, n, k, group, stride, layout = pack
     if bias is not None and not isinstance(bias, Tensor):
         raise TypeError(f"ternary_linear: bias must be a Tensor or None, got {type(bias).__name__}")
+    op = _op.ternary_linear
+    if layout == CUDA_LAYOUT and x.numel() > CUDA_TOKENS * k:
+        op = _op.ternary_linear_triton
     record = torch.is_grad_enabled()
     if act == "auto":
         code = 0 if (record and x.requires_grad) or layout == CUDA_LAYOUT else auto
@@ -310,9 +332,9 @@ def ternary_linear(x: Tensor, weight: Any, bias: Any = None, act: str = "auto") 
         check_act(act, "ternary_linear")
         code = ACTS[act]
     if (record and (x.requires_grad or (bias is not None and bias.requires_grad))) or _compiling():
-        return _op.ternary_linear(x, packed, scale, bias, n, k, group, stride, code, layout)
+        return op(x, packed, scale, bias, n, k, group, stride, code, layout)
     with torch._C._AutoDispatchBelowAutograd():  # 0.5 us instead of 3.6 for the registered gradient
-        return _op.ternary_linear(x, packed, scale, bias, n, k, group, stride, code, layout)
+        return op(x, packed, scale, bias, n, k, group, stride, code, layout)
 
 
 def _linear_sequence(x: Tensor, weights: Any, bias: Any, act: str) -> tuple[Tensor, ...]:
@@ -367,7 +389,7 @@ def check_act(act: str, op: str) -> None:
 
 
 @torch.library.register_fake("alignops::ternary_linear")
-def _(
+def linear_output(
     x: Tensor,
     packed: Tensor,
     scale: Tensor,
@@ -379,11 +401,12 @@ def _(
     act: int,
     layout: int,
 ) -> Tensor:
+    """Checks the arguments of the operator and allocates its result."""
     op = "ternary_linear"
     _check(n > 0, f"{op}: n must be positive, got {n}")
     _check(k > 0, f"{op}: k must be positive, got {k}")
     check_group(k, group, stride, op)
-    _act(act, op)
+    _act(act, op, x)
     needed = CUDA_LAYOUT if x.is_cuda else _native.cpu_layout
     _check(layout == needed, f"{op}: packed must have the layout {needed}, got layout {layout}")
     _rows(x, op, k, "from packed weight")
@@ -395,13 +418,15 @@ def _(
     return x.new_empty((*x.shape[:-1], n))
 
 
-def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Saves what `linear_backward` needs."""
     _, packed, scale, bias, *ctx.shape, _, ctx.layout = inputs
     ctx.save_for_backward(packed, scale)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x and bias, through the dequantized weight."""
     packed, scale = ctx.saved_tensors
     n, k, group, stride = ctx.shape
     grad_x = None
@@ -421,7 +446,7 @@ def _bias_grad(ctx: Any, grad: Tensor) -> Tensor | None:
 
 
 torch.library.register_autograd(
-    "alignops::ternary_linear", _linear_backward, setup_context=_linear_context
+    "alignops::ternary_linear", linear_backward, setup_context=linear_context
 )
 
 
@@ -466,14 +491,20 @@ def int8_linear(
     else:
         check_act(act, "int8_linear")
         code = ACTS[act]
-    result: Tensor = _op.ternary_int8_linear(x, weight, scale, bias, code)
+    op = _op.ternary_int8_linear
+    if x.is_cuda and x.numel() > CUDA_TOKENS * weight.shape[-1]:
+        op = _op.ternary_int8_linear_triton
+    result: Tensor = op(x, weight, scale, bias, code)
     return result
 
 
 @torch.library.register_fake("alignops::ternary_int8_linear")
-def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, act: int) -> Tensor:
+def int8_linear_output(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, act: int
+) -> Tensor:
+    """Checks the arguments of the operator and allocates its result."""
     op = "ternary_int8_linear"
-    _act(act, op)
+    _act(act, op, x)
     _check(weight.dim() == 2, f"{op}: weight must have shape (n, k), got {tuple(weight.shape)}")
     n, k = weight.shape
     _layout(weight, torch.int8, (n, k), op, "weight")
@@ -488,13 +519,15 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, act: int) -
     return x.new_empty((*x.shape[:-1], n))
 
 
-def _int8_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def int8_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Saves what `int8_backward` needs."""
     _, weight, scale, bias, _ = inputs
     ctx.save_for_backward(weight, scale)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _int8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def int8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x and bias."""
     weight, scale = ctx.saved_tensors
     grad_x = None
     if ctx.needs_input_grad[0]:
@@ -503,5 +536,5 @@ def _int8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd(
-    "alignops::ternary_int8_linear", _int8_backward, setup_context=_int8_context
+    "alignops::ternary_int8_linear", int8_backward, setup_context=int8_context
 )
