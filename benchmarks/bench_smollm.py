@@ -71,7 +71,21 @@ def eager(model: torch.nn.Module) -> Generate:
     return run
 
 
-def contestants(threads: int) -> dict[str, Generate]:
+def compiled(model: torch.nn.Module) -> Generate:
+    """The compiled decoder of `alignops.integrations.decode`; the first call compiles."""
+    from alignops.integrations.decode import GreedyDecoder
+
+    decoder, ids = GreedyDecoder(model, max_length=256), torch.tensor([PROMPT])
+
+    def seconds(new_tokens: int) -> float:
+        start = time.perf_counter()
+        decoder.generate(ids, new_tokens)
+        return time.perf_counter() - start
+
+    return lambda new_tokens: (seconds(new_tokens) - seconds(1)) / (new_tokens - 1)
+
+
+def contestants(threads: int, quick: bool) -> dict[str, Generate]:
     """Everything that decodes SmolLM2 here, loaded and ready."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -95,7 +109,11 @@ def contestants(threads: int) -> dict[str, Generate]:
         "transformers bf16, eager": eager(base),
         "alignops, bf16 head, eager": eager(converted),
         "alignops, int8 head, eager": eager(small),
+        "alignops, int8 head, compiled decoder": compiled(small),
     }
+    if not quick:
+        found["alignops, bf16 head, compiled decoder"] = compiled(converted)
+        found["transformers bf16, compiled decoder"] = compiled(base)
     return found | llama_contestants(path, threads)
 
 
@@ -121,7 +139,7 @@ def rates(threads: int, quick: bool) -> dict[str, float]:
     torch.set_num_threads(threads)
     new_tokens, rounds = (24, 3) if quick else (48, 5)
     with torch.no_grad():
-        runs = contestants(threads)
+        runs = contestants(threads, quick)
         samples: dict[str, list[float]] = {name: [] for name in runs}
         for run in runs.values():
             run(8)
@@ -154,10 +172,12 @@ def measure(thread_counts: list[int], quick: bool) -> Outcome:
             command + ["--quick"] * quick,
             cwd=Path(__file__).parents[1],
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            stdout=subprocess.PIPE,
+            capture_output=True,
             text=True,
-            check=True,
+            check=False,
         )
+        if done.returncode:
+            raise RuntimeError(f"bench_smollm failed with {threads} threads:\n{done.stderr}")
         found[threads] = json.loads(done.stdout.splitlines()[-1])
     return Outcome(found, absent)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,51 @@ Rows without a bar are there for comparison.
 
 {measurements(document)}
 """
+
+
+README_CASE = "8192x2048, M=1, cold"
+README_BLOCK = re.compile(r"<!-- figures: (.*?) -->.*?<!-- end of figures -->", re.DOTALL)
+
+
+def readme(document: dict[str, Any], name: str) -> str:
+    """The figures at the top of the README, between marks that name the result file."""
+    facts = document["environment"]
+    threads = facts["cores"]
+    plural = "s" * (threads > 1)
+    of = {(m["case"], m["name"]): m["seconds"] for m in document["measurements"]}
+
+    matrix, decode = (
+        f"{README_CASE}, {threads} thread{plural}",
+        f"SmolLM2-135M, {threads} thread{plural}",
+    )
+    ours = of[matrix, "alignops a8g"]
+    products = [
+        [contestant, f"{seconds * 1e6:.0f}", f"{seconds / ours:.1f} x"]
+        for (case, contestant), seconds in sorted(of.items(), key=lambda item: item[1])
+        if case == matrix and contestant != "read"
+    ]
+    rates = [
+        [contestant, f"{1 / seconds:.0f}"]
+        for (case, contestant), seconds in sorted(of.items(), key=lambda item: item[1])
+        if case == decode
+    ]
+    return f"""<!-- figures: {name} -->
+Greedy decoding of SmolLM2-135M, {threads} thread{plural}:
+
+{_table(["", "tokens/s"], rates)}
+
+One token times a {README_CASE.split(",")[0]} matrix that is not in cache, {threads} thread{plural}:
+
+{_table(["", "us", "time against ours"], products)}
+
+Measured on {facts["cpu"]}, {facts["cores"]} cores, {facts["date"][:10]}.
+[All figures, bars reached and missed](benchmarks/results/{name}.md).
+<!-- end of figures -->"""
+
+
+def with_figures(page: str, document: dict[str, Any], name: str) -> str:
+    """`page` with its block of figures replaced."""
+    return README_BLOCK.sub(lambda _: readme(document, name), page, count=1)
 
 
 def plot(document: dict[str, Any], path: Path) -> None:

@@ -376,6 +376,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, comma separated")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--readme", action="store_true", help="put the figures into README.md")
     options = parser.parse_args(arguments)
     wanted = options.only.split(",")
     unknown = sorted(set(wanted) - set(SECTIONS))
@@ -405,6 +406,9 @@ def main(arguments: list[str] | None = None) -> int:
     text = render.markdown(document, target.with_suffix(".png").name)
     target.with_suffix(".md").write_text(text)
     render.plot(document, target.with_suffix(".png"))
+    if options.readme:
+        page = Path(__file__).parents[1] / "README.md"
+        page.write_text(render.with_figures(page.read_text(), document, target.name))
     print(render.summary(document))
     print(f"written: {target}.md, .json, .png")
     return sum(not bar.hit for bar in report.bars)

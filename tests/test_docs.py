@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import pkgutil
 import re
 from pathlib import Path
@@ -27,7 +28,7 @@ def _run(test: doctest.DocTest) -> None:
 
 def _modules() -> list[str]:
     found = pkgutil.walk_packages(alignops.__path__, "alignops.")
-    return ["alignops", *(m.name for m in found if m.name.rsplit(".")[-1] != "_C")]
+    return ["alignops", *(m.name for m in found if m.name.rsplit(".")[-1] not in {"_C", "_cuda"})]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -72,3 +73,27 @@ def test_an_example_can_fail() -> None:
     test = doctest.DocTestParser().get_doctest(">>> 1 + 1\n3\n", {}, "wrong", None, 0)
     with pytest.raises(pytest.fail.Exception, match="Got"):
         _run(test)
+
+
+def test_figures_of_the_readme_are_those_of_a_committed_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import render
+
+    page = (ROOT / "README.md").read_text()
+    found = render.README_BLOCK.search(page)
+    assert found is not None
+    result = ROOT / "benchmarks" / "results" / f"{found.group(1)}.json"
+    assert found.group(0) == render.readme(json.loads(result.read_text()), found.group(1))
+
+
+def test_every_environment_variable_is_documented() -> None:
+    sources = [ROOT / "setup.py", ROOT / "build_backend.py"]
+    for folder in ("alignops", "triton_kernels"):
+        sources += (ROOT / folder).rglob("*.py")
+    used = {
+        name for path in sources for name in re.findall(r"\bALIGNOPS_[A-Z_]+\b", path.read_text())
+    }
+    pages = "".join(page.read_text() for page in PAGES)
+    assert used <= set(re.findall(r"\bALIGNOPS_[A-Z_]+\b", pages))
