@@ -12,13 +12,14 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../../common/simd_avx512.h"
-#include "../kernels.h"
+#include "common/simd_avx512.h"
+#include "ternary/cpu/weights.h"
 
 namespace alignops::ternary {
 namespace {
 
-constexpr int64_t kBlockBytes = 256 * 1024;  // of weights, which stay in the L2 cache while all slots pass
+constexpr int64_t kBlockBytes =
+    256 * 1024;  // of weights, which stay in the L2 cache while all slots pass
 
 // -- quantization
 // -----------------------------------------------------------------------------------------------------
@@ -34,18 +35,8 @@ void quantize_rows(Int8QuantizeArgs& a, int64_t row_begin, int64_t row_end) {
     };
     for (int64_t c = 0; c < a.k; c += 16)
       largest = _mm512_max_epi32(largest, _mm512_castps_si512(_mm512_abs_ps(load(c))));
-    const __m512i infinite = _mm512_set1_epi32(0x7f800000);
-    if (_mm512_cmpge_epi32_mask(largest, infinite) != 0) {
-      for (int64_t c = 0; c < a.k; c += 16) {
-        const auto bad =
-            _mm512_cmpge_epi32_mask(_mm512_castps_si512(_mm512_abs_ps(load(c))), infinite);
-        if (bad == 0) continue;
-        const int64_t at = row * a.k + c + __builtin_ctz(bad);
-        a.nonfinite += __builtin_popcount(bad);
-        a.first = at < a.first ? at : a.first;
-      }
-    }
-    const float amax = _mm512_reduce_max_ps(_mm512_castsi512_ps(largest));
+    const float amax = __builtin_bit_cast(float, _mm512_reduce_max_epi32(largest));
+    if (!is_finite(amax)) report_nonfinite(a, row, a);
     const bool zero = amax <= 1e-30f;
     a.scale[row] = zero ? 0.0f : amax / 127.0f;
     const __m512 inverse = _mm512_set1_ps(zero ? 0.0f : 127.0f / amax);
@@ -64,14 +55,7 @@ void quantize_rows(Int8QuantizeArgs& a, int64_t row_begin, int64_t row_end) {
 }
 
 void quantize(Int8QuantizeArgs& a, int64_t begin, int64_t end) {
-  switch (a.dtype) {
-    case DType::kBFloat16:
-      return quantize_rows<DType::kBFloat16>(a, begin, end);
-    case DType::kFloat16:
-      return quantize_rows<DType::kFloat16>(a, begin, end);
-    default:
-      return quantize_rows<DType::kFloat32>(a, begin, end);
-  }
+  with_dtype(a.dtype, [&]<DType kType>() { quantize_rows<kType>(a, begin, end); });
 }
 
 // -- folding

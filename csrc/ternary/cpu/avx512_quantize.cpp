@@ -11,8 +11,9 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../../common/simd_avx512.h"
-#include "../kernels.h"
+#include "common/simd_avx512.h"
+#include "ternary/cpu/codes.h"
+#include "ternary/cpu/weights.h"
 
 namespace alignops::ternary {
 namespace {
@@ -222,26 +223,6 @@ __mmask16 is_negative(__m512 v) { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps
   }
 }
 
-bool nonfinite(const void* w, DType dtype, int64_t i) {
-  if (dtype == DType::kFloat32) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, static_cast<const float*>(w) + i, sizeof bits);
-    return (bits & 0x7f800000U) == 0x7f800000U;
-  }
-  const int exponent = dtype == DType::kBFloat16 ? 0x7f80 : 0x7c00;
-  return (static_cast<const uint16_t*>(w)[i] & exponent) == exponent;
-}
-
-void report_nonfinite(const QuantizeArgs& a, int64_t row, QuantizeOut& out) {
-  for (int64_t c = 0; c < a.k; ++c)
-    if (nonfinite(a.w, a.dtype, row * a.ld + c)) {
-      ++out.nonfinite;
-      if (row * a.k + c < out.first) out.first = row * a.k + c;
-    }
-}
-
-bool is_finite(float v) { return v - v == 0.0f; }
-
 template <DType kType, int64_t kStride>
 void quantize_rows(const QuantizeArgs& a, QuantizeOut& out, int64_t row_begin, int64_t row_end) {
   const int64_t padded = round_up(ceil_div(a.k, 4), 8), groups = ceil_div(a.k, a.group);
@@ -300,12 +281,10 @@ struct Codebook {
   __m512 v[4][2];
 
   Codebook() {
-    const uint32_t lanes[4] = {0xAAAAAA55U, 0x222255AAU, 0x0A552222U,
-                               0x550A0A0AU};  // 2 bits per idx: value + 1
     const __m512i shift = _mm512_slli_epi32(
         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 1);
     for (int p = 0; p < 4; ++p) {
-      const __m512i two = _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(lanes[p])), shift);
+      const __m512i two = _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(kLane[p])), shift);
       const __m512i t =
           _mm512_sub_epi32(_mm512_and_si512(two, _mm512_set1_epi32(3)), _mm512_set1_epi32(1));
       v[p][0] = _mm512_cvtepi32_ps(t);
@@ -342,36 +321,18 @@ void dequantize_rows(const DequantizeArgs& a, int64_t row_begin, int64_t row_end
     }
 }
 
-template <int64_t kStride>
-void quantize_stride(const QuantizeArgs& a, QuantizeOut& out, int64_t begin, int64_t end) {
-  switch (a.dtype) {
-    case DType::kBFloat16:
-      return quantize_rows<DType::kBFloat16, kStride>(a, out, begin, end);
-    case DType::kFloat16:
-      return quantize_rows<DType::kFloat16, kStride>(a, out, begin, end);
-    default:
-      return quantize_rows<DType::kFloat32, kStride>(a, out, begin, end);
-  }
-}
-
 void quantize(const QuantizeArgs& a, QuantizeOut& out, int64_t begin, int64_t end) {
-  a.stride == 1 ? quantize_stride<1>(a, out, begin, end) : quantize_stride<16>(a, out, begin, end);
-}
-
-template <int64_t kStride>
-void fake_quant_stride(const FakeQuantArgs& a, int64_t begin, int64_t end) {
-  switch (a.in.dtype) {
-    case DType::kBFloat16:
-      return fake_quant_rows<DType::kBFloat16, kStride>(a, begin, end);
-    case DType::kFloat16:
-      return fake_quant_rows<DType::kFloat16, kStride>(a, begin, end);
-    default:
-      return fake_quant_rows<DType::kFloat32, kStride>(a, begin, end);
-  }
+  with_dtype(a.dtype, [&]<DType kType>() {
+    a.stride == 1 ? quantize_rows<kType, 1>(a, out, begin, end)
+                  : quantize_rows<kType, 16>(a, out, begin, end);
+  });
 }
 
 void fake_quant(const FakeQuantArgs& a, int64_t begin, int64_t end) {
-  a.in.stride == 1 ? fake_quant_stride<1>(a, begin, end) : fake_quant_stride<16>(a, begin, end);
+  with_dtype(a.in.dtype, [&]<DType kType>() {
+    a.in.stride == 1 ? fake_quant_rows<kType, 1>(a, begin, end)
+                     : fake_quant_rows<kType, 16>(a, begin, end);
+  });
 }
 
 void dequantize(const DequantizeArgs& a, int64_t begin, int64_t end) {
