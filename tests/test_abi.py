@@ -24,7 +24,8 @@ ALLOWED = {
         aoti_torch_layout_[a-z_]+ aoti_torch_memory_format_[a-z_]+
         aoti_torch_get_(device_index|device_type|dim|dtype|numel|size|sizes|stride|strides)
         aoti_torch_is_contiguous aoti_torch_library_(def|init_fragment|init_impl)
-        aoti_torch_new_tensor_handle aoti_torch_(create|delete)_device_guard
+        aoti_torch_new_(tensor_handle|uninitialized_tensor)
+        aoti_torch_(create|delete)_device_guard
     """,
     (2, 10): """
         torch_call_dispatcher torch_delete_list torch_get_(const|mutable)_data_ptr
