@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alignops.ternary import ops
-from alignops.ternary.convert import DEFAULT_EXCLUDE, _choose, _linear_places, _tied, _unfit
 from alignops.ternary.layers import TernaryLinear
 from alignops.ternary.ops import ternary_linear
+from alignops.ternary.select import DEFAULT_EXCLUDE, replace, select_layers
 from alignops.ternary.weight import quantize
 
 Shape = str | Callable[[int], float]
@@ -364,17 +364,14 @@ def prepare_arenas(
         >>> prepare_arenas(model, ArenasSchedule(100), exclude="2")
         Prepared(swapped=['0'], skipped={'2': 'excluded'})
     """
-    places = _linear_places(model)
-    chosen = _choose(places, include, exclude)
-    tied = _tied(model)
-    prepared = Prepared([], {})
-    for layer, names in places.items():
-        reason = chosen[names[0]] or _unfit(layer, group, stride) or tied.get(layer)
-        if reason is None and isinstance(layer, nn.Linear) and names[0]:
-            _replace(model, names, ArenasLinear.from_linear(layer, schedule, group, stride))
+    selected, skipped = select_layers(model, include, exclude, group, stride, "prepare_arenas")
+    prepared = Prepared([], skipped)
+    for layer, names in selected.items():
+        if isinstance(layer, nn.Linear) and names[0]:
+            replace(model, names, ArenasLinear.from_linear(layer, schedule, group, stride))
             prepared.swapped.append(names[0])
         else:
-            prepared.skipped[names[0]] = reason or "not a torch.nn.Linear inside the model"
+            skipped[names[0]] = "not a torch.nn.Linear inside the model"
     if not prepared.swapped:
         raise ValueError(
             f"prepare_arenas: model must contain a layer to swap, skipped {prepared.skipped}"
@@ -415,11 +412,5 @@ def finalize(model: nn.Module, force: bool = False, act: str = "auto") -> list[s
     for layer, names in places.items():
         weight = quantize(layer.weight, layer.group, layer.stride)
         made = TernaryLinear.from_weight(weight, layer.bias, act)
-        _replace(model, names, made.train(layer.training))
+        replace(model, names, made.train(layer.training))
     return [names[0] for names in places.values()]
-
-
-def _replace(model: nn.Module, names: list[str], layer: nn.Module) -> None:
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
