@@ -70,9 +70,10 @@ double rate(double seconds, int per_body, Body body) {
       "8, %%" r "9, %%" r "2\n" ins " %%" r "8, %%" r "9, %%" r "3\n" ins " %%" r "8, %%" r \
       "9, %%" r "4\n" ins " %%" r "8, %%" r "9, %%" r "5\n" ins " %%" r "8, %%" r "9, %%" r \
       "6\n" ins " %%" r "8, %%" r "9, %%" r "7\n"
+#define THIRTY_TWO(ins, r) EIGHT(ins, r) EIGHT(ins, r) EIGHT(ins, r) EIGHT(ins, r)
 #define CLOBBER "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7"
 
-TARGET_AVX512 void body_vpermw() { asm volatile(EIGHT("vpermw", "zmm")::: CLOBBER); }
+TARGET_AVX512 void body_vpermw() { asm volatile(THIRTY_TWO("vpermw", "zmm")::: CLOBBER); }
 // One word vector of the T5W lookup: three codes per 16-bit lane, three table reads, three sums.
 // The codes are moved down by shifts, or by multiplications where shifts and permutes share ports.
 #define T5W_WORD(down5, down10, a, b, c)                                                           \
@@ -85,11 +86,11 @@ TARGET_AVX512 void body_vpermw() { asm volatile(EIGHT("vpermw", "zmm")::: CLOBBE
                        : CLOBBER, "xmm10", "xmm11", "xmm12", "xmm15")
 TARGET_AVX512 void body_t5w_shift() { T5W_BODY("vpsrlw $5", "vpsrlw $10"); }
 TARGET_AVX512 void body_t5w_multiply() { T5W_BODY("vpmulhuw %%zmm13", "vpmulhuw %%zmm14"); }
-TARGET_AVX2 void body_vpshufb() { asm volatile(EIGHT("vpshufb", "ymm")::: CLOBBER); }
-TARGET_AVX512 void body_vpdpbusd() { asm volatile(EIGHT("vpdpbusd", "zmm")::: CLOBBER); }
-TARGET_AVX2 void body_vpmaddubsw() { asm volatile(EIGHT("vpmaddubsw", "ymm")::: CLOBBER); }
-TARGET_AVX512 void body_fma512() { asm volatile(EIGHT("vfmadd231ps", "zmm")::: CLOBBER); }
-TARGET_AVX2 void body_fma256() { asm volatile(EIGHT("vfmadd231ps", "ymm")::: CLOBBER); }
+TARGET_AVX2 void body_vpshufb() { asm volatile(THIRTY_TWO("vpshufb", "ymm")::: CLOBBER); }
+TARGET_AVX512 void body_vpdpbusd() { asm volatile(THIRTY_TWO("vpdpbusd", "zmm")::: CLOBBER); }
+TARGET_AVX2 void body_vpmaddubsw() { asm volatile(THIRTY_TWO("vpmaddubsw", "ymm")::: CLOBBER); }
+TARGET_AVX512 void body_fma512() { asm volatile(THIRTY_TWO("vfmadd231ps", "zmm")::: CLOBBER); }
+TARGET_AVX2 void body_fma256() { asm volatile(THIRTY_TWO("vfmadd231ps", "ymm")::: CLOBBER); }
 
 }  // namespace
 
@@ -122,13 +123,13 @@ uint64_t probe_read(const uint8_t* p, size_t bytes, int threads, int streams, in
 }
 
 // Instructions per second on one core. The caller asks only for what the CPU has.
-double probe_vpermw(double seconds) { return rate(seconds, 8, body_vpermw); }
+double probe_vpermw(double seconds) { return rate(seconds, 32, body_vpermw); }
 double probe_t5w_shift(double seconds) { return rate(seconds, 9, body_t5w_shift); }
 double probe_t5w_multiply(double seconds) { return rate(seconds, 9, body_t5w_multiply); }
-double probe_vpshufb(double seconds) { return rate(seconds, 8, body_vpshufb); }
-double probe_vpdpbusd(double seconds) { return rate(seconds, 8, body_vpdpbusd); }
-double probe_vpmaddubsw(double seconds) { return rate(seconds, 8, body_vpmaddubsw); }
-double probe_fma512(double seconds) { return rate(seconds, 8, body_fma512); }
-double probe_fma256(double seconds) { return rate(seconds, 8, body_fma256); }
+double probe_vpshufb(double seconds) { return rate(seconds, 32, body_vpshufb); }
+double probe_vpdpbusd(double seconds) { return rate(seconds, 32, body_vpdpbusd); }
+double probe_vpmaddubsw(double seconds) { return rate(seconds, 32, body_vpmaddubsw); }
+double probe_fma512(double seconds) { return rate(seconds, 32, body_fma512); }
+double probe_fma256(double seconds) { return rate(seconds, 32, body_fma256); }
 
 }  // extern "C"
