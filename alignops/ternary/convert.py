@@ -5,16 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 from alignops.ternary import ops
 from alignops.ternary.layers import Int8Linear, Siblings, TernaryLinear
+from alignops.ternary.select import (
+    DEFAULT_EXCLUDE,
+    is_conv1d,
+    matches,
+    replace,
+    select_layers,
+)
 from alignops.ternary.weight import TernaryWeight, quantize
-
-DEFAULT_EXCLUDE = ("lm_head",)
 
 # Names of layers that read the same input inside one block.
 SIBLINGS = (
@@ -136,23 +140,12 @@ def convert(
             "convert: model must contain layers, got a Linear; see TernaryLinear.from_linear"
         )
     report = ConvertReport(bytes_before=model_bytes(model))
-    places = _linear_places(model)
-    chosen = _choose(places, include, exclude)
     head_layer = _find_head(model) if head else None
-    tied = _tied(model)
-    wanted: dict[nn.Module, str] = {}
-    for layer, names in places.items():
-        outside = None if layer is head_layer else chosen[names[0]]
-        reason = outside or _unfit(layer, group, stride)
-        if reason is None and layer is not head_layer:
-            reason = tied.get(layer)
-        if reason is None:
-            wanted[layer] = names[0]
-        else:
-            report.skipped[names[0]] = reason
-
+    selected, report.skipped = select_layers(
+        model, include, exclude, group, stride, "convert", head_layer
+    )
     new: dict[nn.Module, TernaryLinear | Int8Linear] = {}
-    for layer, name in _bar(wanted, progress):
+    for layer, names in _bar(selected, progress):
         weight, bias = _weight_and_bias(layer)
         try:
             if layer is head_layer:
@@ -161,19 +154,16 @@ def convert(
                 packed = quantize(weight, group, stride, scale_dtype)
                 new[layer] = TernaryLinear.from_weight(packed, bias, act)
         except ValueError as error:
-            raise ValueError(f"convert: {name}: {error}") from error
+            raise ValueError(f"convert: {names[0]}: {error}") from error
 
     for layer, made in new.items():
-        made.train(layer.training)
-        for place in places[layer]:
-            parent, _, child = place.rpartition(".")
-            setattr(model.get_submodule(parent), child, made)
+        replace(model, selected[layer], made.train(layer.training))
         weight, _ = _weight_and_bias(layer)
-        report.swapped[wanted[layer]] = Swapped(
+        report.swapped[selected[layer][0]] = Swapped(
             "int8" if isinstance(made, Int8Linear) else "ternary",
             (made.out_features, made.in_features),
             weight.numel() * weight.element_size(),
-            weight_bytes(made),
+            _weight_bytes(made),
         )
     if fuse:
         report.fused = fuse_siblings(model)
@@ -214,79 +204,25 @@ def model_bytes(model: nn.Module) -> int:
     return total
 
 
-def weight_bytes(layer: TernaryLinear | Int8Linear) -> int:
+def _weight_bytes(layer: TernaryLinear | Int8Linear) -> int:
     """Bytes of a converted layer's weight with its scales."""
     if isinstance(layer, TernaryLinear):
         return layer.weight.nbytes
     return layer.weight.numel() + 4 * layer.scale.numel()
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's linear layer in transformers: y = x W + b with W (K, N)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
 def _weight_and_bias(layer: nn.Module) -> tuple[Tensor, nn.Parameter | None]:
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
     if weight is None:
         raise ValueError(f"convert: weight must be a parameter, got None in {layer}")
-    return (weight.t() if _is_conv1d(layer) else weight), bias
-
-
-def _linear_places(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Everything that is a linear layer in some way, with all its names."""
-    places: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if (
-            isinstance(module, (nn.Linear, TernaryLinear, Int8Linear))
-            or _is_conv1d(module)
-            or hasattr(module, "qweight")
-        ):
-            places.setdefault(module, []).append(name)
-    return places
-
-
-def _matches(name: str, pattern: str) -> bool:
-    parts = name.split(".")
-    runs = (".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1))
-    return any(fnmatchcase(run, pattern) for run in runs)
-
-
-def _choose(
-    places: dict[nn.Module, list[str]],
-    include: Iterable[str] | str | None,
-    exclude: Iterable[str] | str,
-) -> dict[str, str | None]:
-    """Why the patterns leave a layer out, by its first name; None: they do not."""
-    wanted = _patterns(include) if include is not None else None
-    unwanted = _patterns(exclude)
-    for option, patterns in (("include", wanted or ()), ("exclude", unwanted)):
-        for pattern in patterns:
-            known = any(_matches(name, pattern) for names in places.values() for name in names)
-            if not known and not (option == "exclude" and pattern in DEFAULT_EXCLUDE):
-                raise ValueError(
-                    f"convert: {option} must match layers, got {pattern!r}, which matches none"
-                )
-    chosen: dict[str, str | None] = {}
-    for names in places.values():
-        reason = None
-        if any(_matches(name, pattern) for name in names for pattern in unwanted):
-            reason = "excluded"
-        elif wanted is not None and not any(_matches(n, p) for n in names for p in wanted):
-            reason = "not included"
-        chosen[names[0]] = reason
-    return chosen
-
-
-def _patterns(patterns: Iterable[str] | str) -> tuple[str, ...]:
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    return (weight.t() if is_conv1d(layer) else weight), bias
 
 
 def _find_head(model: nn.Module) -> nn.Module:
     get = getattr(model, "get_output_embeddings", None)
     head = get() if get is not None else None
     if head is None:
-        head = next((m for name, m in model.named_modules() if _matches(name, "lm_head")), None)
+        head = next((m for name, m in model.named_modules() if matches(name, "lm_head")), None)
     if not isinstance(head, (nn.Linear, Int8Linear)):
         raise ValueError(
             "convert: head must be None for a model without a linear output layer "
@@ -295,55 +231,15 @@ def _find_head(model: nn.Module) -> nn.Module:
     return head
 
 
-def _tied(model: nn.Module) -> dict[nn.Module, str]:
-    """Reason for every module whose weight is a parameter of another module, too."""
-    owners: dict[int, dict[nn.Module, str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            owners.setdefault(id(parameter), {})[module] = name
-    tied = {}
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            others = [name for m, name in owners[id(weight)].items() if m is not module]
-            if others:
-                tied[module] = f"weight is tied to {others[0]}"
-    return tied
-
-
-def _unfit(layer: nn.Module, group: int | None, stride: int) -> str | None:
-    """Why a layer cannot be converted, None if it can."""
-    if isinstance(layer, (TernaryLinear, Int8Linear)):
-        return "already converted"
-    if nn.utils.parametrize.is_parametrized(layer):
-        return "parametrized"
-    kind = f"{type(layer).__module__}.{type(layer).__name__}"
-    if hasattr(layer, "qweight") or kind.startswith("bitsandbytes."):
-        return f"quantized already ({kind})"
-    if type(layer) is not nn.Linear and not _is_conv1d(layer):
-        return f"a subclass of Linear ({kind})"
-    if layer._parameters.get("weight") is None:
-        return "weight is not a parameter"
-    if layer._forward_hooks or layer._forward_pre_hooks:
-        return "has forward hooks"
-    weight, _ = _weight_and_bias(layer)
-    k = weight.shape[1]
-    if weight.dtype == torch.float64:
-        return "weight is float64"
-    if weight.numel() == 0:
-        return "weight is empty"
-    if (group or k) > k or (stride == 16 and k % 64):
-        return f"K={k} does not fit group={group}, stride={stride}"
-    return None
-
-
-def _bar(layers: dict[nn.Module, str], show: bool) -> Iterable[tuple[nn.Module, str]]:
+def _bar(layers: dict[nn.Module, list[str]], show: bool) -> Iterable[tuple[nn.Module, list[str]]]:
     if show:
         try:
             from tqdm import tqdm
         except ImportError:
             return layers.items()
-        bar: Iterable[tuple[nn.Module, str]] = tqdm(layers.items(), "quantizing", unit=" layers")
+        bar: Iterable[tuple[nn.Module, list[str]]] = tqdm(
+            layers.items(), "quantizing", unit=" layers"
+        )
         return bar
     return layers.items()
 

@@ -20,7 +20,7 @@ ACTS = ("none", "a8", "a8g", "a16")
 
 @dataclass(frozen=True)
 class Shape:
-    """A matmul: N x K weight with scale groups and stride, M tokens, dtype of x, with bias or not."""
+    """A matmul: N x K weight, scale groups and stride, M tokens, dtype of x, bias or not."""
 
     n: int
     k: int
@@ -162,9 +162,7 @@ def _bad_dequantize() -> Iterator[Invalid]:
     idx, sign = _planes(4, 64)
     scale, f32 = torch.ones(4, 1), torch.float32
     yield from _bad_planes(lambda i, s: (i, s, scale, 64, 64, 1, f32))
-    yield from _bad_groups(
-        lambda k, group, stride: (*_planes(4, k), scale, k, group, stride, f32)
-    )
+    yield from _bad_groups(lambda k, group, stride: (*_planes(4, k), scale, k, group, stride, f32))
     yield Invalid("k of 0", (idx, sign, scale, 0, 0, 1, f32), "k")
     yield Invalid("scale of half", (idx, sign, scale.half(), 64, 64, 1, f32), "scale")
     yield Invalid("scale of one group", (idx, sign, scale, 64, 32, 1, f32), "scale")

@@ -20,7 +20,7 @@ def assert_gradient(got: Tensor, g: Tensor, dense: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("act", ("auto", *ACTS))
+@pytest.mark.parametrize("act", ["auto", *ACTS])
 def test_linear(isa: str, act: str, dtype: torch.dtype) -> None:
     for shape in (
         Shape(37, 100, 3, 32, dtype=dtype),
@@ -38,7 +38,8 @@ def test_linear(isa: str, act: str, dtype: torch.dtype) -> None:
             total = g.double().sum(0)
             unit = torch.finfo(bias_dtype).eps
             close = (grad_bias.double() - total).abs() <= unit * total.abs() + 1e-5
-            assert grad_bias.dtype == bias_dtype and close.all()
+            assert grad_bias.dtype == bias_dtype
+            assert close.all()
 
 
 def test_forms_of_x() -> None:
@@ -48,7 +49,8 @@ def test_forms_of_x() -> None:
         y = alignops.ternary_linear(x, weight)
         g = torch.randn_like(y)
         y.backward(g)
-        assert x.grad is not None and x.grad.shape == x.shape
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
         assert_gradient(x.grad, g, weight.dequantize())
 
 
@@ -72,7 +74,9 @@ def test_sequence_of_weights() -> None:
     gradients = [torch.randn_like(y) for y in outputs]
     outputs[0].mul_(1)  # outputs may be changed in place
     torch.autograd.backward(outputs, gradients)
-    assert x.grad is not None and biases[1] is not None and biases[1].grad is not None
+    assert x.grad is not None
+    assert biases[1] is not None
+    assert biases[1].grad is not None
     dense = torch.cat([w.dequantize() for w in weights])
     assert_gradient(x.grad, torch.cat(gradients, 1), dense)
     torch.testing.assert_close(biases[1].grad, gradients[1].sum(0))
@@ -83,7 +87,8 @@ def test_only_what_needs_a_gradient() -> None:
     x, bias = torch.randn(2, 64), torch.randn(5, requires_grad=True)
     y = alignops.ternary_linear(x, weight, bias)
     y.sum().backward()
-    assert x.grad is None and torch.equal(bias.grad, torch.full((5,), 2.0))
+    assert x.grad is None
+    assert torch.equal(bias.grad, torch.full((5,), 2.0))
     with torch.no_grad():
         assert not alignops.ternary_linear(x, weight, bias).requires_grad
     assert not alignops.ternary_linear(x, weight).requires_grad
@@ -96,7 +101,8 @@ def test_fake_quant(isa: str, dtype: torch.dtype) -> None:
     y = torch.ops.alignops.ternary_fake_quant(w, lam, 32, 1, torch.float32)
     g = torch.randn_like(y)
     y.backward(g)
-    assert w.grad is not None and torch.equal(w.grad, (1.25 * g).to(dtype))
+    assert w.grad is not None
+    assert torch.equal(w.grad, (1.25 * g).to(dtype))
 
 
 def test_gradient_checkpointing() -> None:

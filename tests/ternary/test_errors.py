@@ -1,4 +1,4 @@
-"""Invalid arguments: the same type, naming the same argument, in native code and in fake kernels."""
+"""Invalid arguments: native code and fake kernels raise the same about the same argument."""
 
 from typing import Any
 

@@ -10,7 +10,7 @@ from samples import ACTS, DTYPES, SHAPES, Shape, make_bias, make_weight, make_x
 from torch import Tensor
 
 import alignops
-from alignops import testing, ternary
+from alignops import ternary, testing
 from alignops.reference import ternary as reference
 from alignops.ternary.weight import TernaryWeight
 
@@ -45,7 +45,8 @@ def test_shapes(isa: str, shape: Shape, act: str) -> None:
     w, weight = make_weight(shape)
     x, bias = make_x(shape), make_bias(shape)
     y = alignops.ternary_linear(x, weight, bias, act)
-    assert y.shape == (shape.m, shape.n) and y.dtype == x.dtype
+    assert y.shape == (shape.m, shape.n)
+    assert y.dtype == x.dtype
     assert_close_to_definition(y, *definition(x, w, shape, bias, act))
 
 
@@ -105,7 +106,10 @@ def test_rows_do_not_depend_on_other_weights(isa: str, act: str) -> None:
     y = alignops.ternary_linear(x, weight, act=act)
     for begin, end in ((0, 1), (31, 70), (99, 100)):
         part = TernaryWeight(
-            weight.idx[begin:end], weight.sign[begin:end], weight.scale[begin:end], (end - begin, 320)
+            weight.idx[begin:end],
+            weight.sign[begin:end],
+            weight.scale[begin:end],
+            (end - begin, 320),
         )
         assert torch.equal(alignops.ternary_linear(x, part, act=act), y[:, begin:end])
 
@@ -169,11 +173,13 @@ def test_special_rows_stay_alone(isa: str, act: str, tokens: int) -> None:
     assert torch.equal(y.isnan(), expected.isnan())
     assert torch.equal(y[~finite & ~y.isnan()], expected[~finite & ~y.isnan()].float())
     if act == "none":
-        assert (finite[0] & finite[6]).all() and not finite[3].all()
+        assert (finite[0] & finite[6]).all()
+        assert not finite[3].all()
         assert_close_to_definition(y[finite], expected[finite], bound[finite])
     else:
         assert torch.equal(y[finite], expected[finite])
-        assert not y[1:3].any() and y[3:6].isnan().all()
+        assert not y[1:3].any()
+        assert y[3:6].isnan().all()
 
 
 @pytest.mark.parametrize("act", ACTS)
@@ -211,12 +217,15 @@ def test_auto_mode() -> None:
         y = alignops.ternary_linear(x, weight)
         return torch.equal(y, alignops.ternary_linear(x, weight, act=act))
 
-    assert same(x, "none") and not same(x, "a8g")
+    assert same(x, "none")
+    assert not same(x, "a8g")
     for dtype in (torch.bfloat16, torch.float16):
         half = x.to(dtype)
-        assert same(half, "a8g") and not same(half, "none")
+        assert same(half, "a8g")
+        assert not same(half, "none")
         half.requires_grad_()
-        assert same(half, "none") and not same(half, "a8g")
+        assert same(half, "none")
+        assert not same(half, "a8g")
         with torch.no_grad():
             assert same(half, "a8g")
 
@@ -272,7 +281,8 @@ def test_int8_linear(isa: str, shape: Shape, act: str) -> None:
     x, bias = make_x(shape), make_bias(shape)
     y = ternary.int8_linear(x, q, scale, bias, act)
     expected = reference.int8_linear(x, q, scale, bias, act)
-    assert y.dtype == x.dtype and y.shape == expected.shape
+    assert y.dtype == x.dtype
+    assert y.shape == expected.shape
     bound = torch.zeros(())
     if act == "none":
         size = reference.int8_linear(x.abs(), q.abs(), scale, None if bias is None else bias.abs())

@@ -7,7 +7,7 @@ from samples import ACTS, DTYPES
 from torch import Tensor
 
 import alignops
-from alignops import testing, ternary
+from alignops import ternary, testing
 from alignops.reference import ternary as reference
 
 ISAS = testing.available_isas()
@@ -39,12 +39,11 @@ def test_quantize_equals_definition_everywhere(case: tuple[Tensor, int | None, i
     for isa in ISAS:
         with testing.use_isa(isa):
             weight = ternary.quantize(w, group, stride)
-            assert torch.equal(weight.idx, idx) and torch.equal(weight.sign, sign)
+            assert torch.equal(weight.idx, idx)
+            assert torch.equal(weight.sign, sign)
             assert torch.equal(weight.scale, alpha)
             dense = weight.dequantize()
-            assert torch.equal(
-                dense, reference.dequantize(lanes, alpha, w.shape[1], group, stride)
-            )
+            assert torch.equal(dense, reference.dequantize(lanes, alpha, w.shape[1], group, stride))
 
 
 @given(weights())
@@ -66,7 +65,8 @@ def test_pack_and_unpack_round_trip(case: tuple[Tensor, int | None, int]) -> Non
         with testing.use_isa(isa):
             packed, _, n, k, *_, layout = weight.ready()
             idx, sign = torch.ops.alignops.ternary_unpack(packed, n, k, layout)
-            assert torch.equal(idx, weight.idx) and torch.equal(sign, weight.sign)
+            assert torch.equal(idx, weight.idx)
+            assert torch.equal(sign, weight.sign)
 
 
 @given(st.integers(1, 40), st.integers(1, 300), st.integers(0, 2**32))

@@ -155,11 +155,16 @@ def test_activation_quantizer(act: str) -> None:
     x[3, 7] = torch.inf
     x[4, 599] = torch.nan
     q, scale = reference.quantize_activations(x, act)
-    assert q[0].abs().max() == top and not q[1].any() and not scale[1].any()
-    assert not q[2].any() and not scale[2].any()
-    assert scale[3].isnan().any() and scale[4].isnan().any()
+    assert q[0].abs().max() == top
+    assert not q[1].any()
+    assert not scale[1].any()
+    assert not q[2].any()
+    assert not scale[2].any()
+    assert scale[3].isnan().any()
+    assert scale[4].isnan().any()
     last = scale.shape[1] - 1
-    assert not q[3, :256].any() and not q[4, 256 * last :].any()
+    assert not q[3, :256].any()
+    assert not q[4, 256 * last :].any()
     per_column = scale.repeat_interleave(256 if act == "a8g" else 600, 1)[:, :600]
     assert ((q[0] * per_column[0] - x[0]).abs() <= 0.5001 * per_column[0]).all()
     assert scale.shape[1] == (3 if act == "a8g" else 1)
@@ -205,7 +210,8 @@ def test_schedules() -> None:
         assert reference.arenas_lambda(t, 1000) == pytest.approx(value, abs=1e-6)
     for kind in ("linear", "cosine", "exponential"):
         curve = [reference.arenas_lambda(t, 20, peak=0.5, kind=kind) for t in range(25)]
-        assert curve[0] == 0.5 and curve[20:] == [0.0] * 5
+        assert curve[0] == 0.5
+        assert curve[20:] == [0.0] * 5
         assert all(a >= b for a, b in itertools.pairwise(curve))
     assert reference.arenas_lambda(99, 20, peak=0.5, kind="constant") == 0.5
     with pytest.raises(ValueError, match="kind must name a schedule"):
@@ -215,7 +221,9 @@ def test_schedules() -> None:
 def test_effective_rank() -> None:
     assert reference.effective_rank(torch.eye(7)) == pytest.approx(7)
     assert reference.effective_rank(torch.ones(5, 9)) == pytest.approx(1)
-    assert reference.effective_rank(torch.diag(torch.tensor([3.0, 1]))) == pytest.approx(1.7548, 1e-4)
+    assert reference.effective_rank(torch.diag(torch.tensor([3.0, 1]))) == pytest.approx(
+        1.7548, 1e-4
+    )
     assert reference.effective_rank(torch.randn(256, 256)) == pytest.approx(0.805 * 256, rel=0.02)
 
 
@@ -251,7 +259,8 @@ def test_quantize_matches(isa: str, name: str) -> None:
     weight = ternary.quantize(w)
     lanes, alpha = reference.quantize(w.detach())
     idx, sign = reference.to_planes(reference.encode(lanes))
-    assert torch.equal(weight.idx, idx) and torch.equal(weight.sign, sign)
+    assert torch.equal(weight.idx, idx)
+    assert torch.equal(weight.sign, sign)
     assert torch.equal(weight.scale, alpha)
     assert not any(t.requires_grad for t in weight.buffers())
     assert torch.equal(weight.dequantize(), reference.dequantize(lanes, alpha, w.shape[1]))
@@ -280,14 +289,16 @@ def test_quantize_is_idempotent(isa: str, group: int | None, dtype: torch.dtype)
     weight = ternary.quantize(torch.randn(30, 1000), group)
     dense = weight.dequantize(dtype)
     again = ternary.quantize(dense, group)
-    assert torch.equal(again.idx, weight.idx) and torch.equal(again.sign, weight.sign)
+    assert torch.equal(again.idx, weight.idx)
+    assert torch.equal(again.sign, weight.sign)
     assert torch.equal(again.scale, weight.scale.to(dtype).float())
 
 
 def test_stack_of_experts(isa: str) -> None:
     w = torch.randn(3, 20, 70)
     stack = ternary.quantize(w, 32)
-    assert stack.shape == (3, 20, 70) and stack.dequantize().shape == w.shape
+    assert stack.shape == (3, 20, 70)
+    assert stack.dequantize().shape == w.shape
     for e, expert in enumerate(stack.unbind()):
         assert torch.equal(expert.dequantize(), ternary.quantize(w[e], 32).dequantize())
         assert torch.equal(stack.dequantize()[e], expert.dequantize())
@@ -312,6 +323,7 @@ def test_int8_quantize_matches(isa: str, dtype: torch.dtype) -> None:
         w[-1] = 0
         q, scale = ternary.int8_quantize(w)
         expected, expected_scale = reference.int8_quantize(w)
-        assert torch.equal(q, expected) and torch.equal(scale, expected_scale)
+        assert torch.equal(q, expected)
+        assert torch.equal(scale, expected_scale)
         assert q.min() >= -127
     assert math.isclose(scale.max().item() * 127, w.float().abs().max().item(), rel_tol=1e-6)
