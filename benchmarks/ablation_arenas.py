@@ -34,10 +34,7 @@ Runs = dict[str, list[dict[str, Any]]]
 
 # Side runs with one seed: what the comparison owes to the learning rate and to when lambda ends.
 VARIANTS = {
-    "learning rate 6e-4": (
-        Setting(learning_rate=6e-4),
-        ("dense", "3:4 + Arenas", "3:4 direct"),
-    ),
+    "learning rate 1.5e-3": (Setting(learning_rate=1.5e-3), CONFIGURATIONS),
     "lambda 0 from half of the steps on": (Setting(residual_share=0.5), ("3:4 + Arenas",)),
 }
 
@@ -54,21 +51,15 @@ def run_path(folder: Path, configuration: str, seed: int) -> Path:
     return folder / "runs" / f"{slug(configuration)}-{seed}.json"
 
 
-def run_all(folder: Path, seeds: int, setting: Setting) -> None:
-    todo = [
-        (configuration, seed)
-        for seed in range(seeds)
-        for configuration in CONFIGURATIONS
-        if not run_path(folder, configuration, seed).exists()
-    ]
-    if not todo:
-        return
-    print("reading the docstrings of the installed packages", flush=True)
+def run_all(folder: Path, seeds: list[int], setting: Setting) -> None:
     text = Text(load_corpus(), setting.vocabulary)
     (folder / "runs").mkdir(parents=True, exist_ok=True)
-    for configuration, seed in todo:
-        result = train(configuration, seed, text, setting, lambda line: print(line, flush=True))
-        run_path(folder, configuration, seed).write_text(json.dumps(result) + "\n")
+    for seed in seeds:
+        for configuration in CONFIGURATIONS:
+            path = run_path(folder, configuration, seed)
+            if not path.exists():
+                result = train(configuration, seed, text, setting, lambda s: print(s, flush=True))
+                path.write_text(json.dumps(result) + "\n")
 
 
 def slug(name: str) -> str:
@@ -109,7 +100,26 @@ def spread(values: list[float]) -> dict[str, Any]:
     }
 
 
-def summarise(runs: Runs) -> dict[str, Any]:
+def load_variants(folder: Path) -> list[dict[str, Any]]:
+    """Final figures of the side runs, in the order of VARIANTS."""
+    found = []
+    for variant, (_, configurations) in VARIANTS.items():
+        for configuration in configurations:
+            path = folder / "variants" / f"{slug(variant)}--{slug(configuration)}.json"
+            if path.exists():
+                run = json.loads(path.read_text())
+                found.append(
+                    {
+                        "variant": variant,
+                        "configuration": configuration,
+                        "held_out_loss": run["held_out"][-1][1],
+                        "effective_rank_second_half": last_half(run["rank"]),
+                    }
+                )
+    return found
+
+
+def summarise(runs: Runs, variants: list[dict[str, Any]]) -> dict[str, Any]:
     first = next(iter(runs.values()))[0]
     bits = 1 / (math.log(2) * first["text"]["bytes_per_token"])
     summary: dict[str, Any] = {
@@ -139,6 +149,7 @@ def summarise(runs: Runs) -> dict[str, Any]:
             "near_zero_at_end": spread([run["latent_at_end"]["near_zero"] for run in seeds]),
             "seconds": spread([run["seconds"] for run in seeds]),
         }
+    summary["variants"] = variants
     summary["dense_converted_held_out_loss"] = spread(
         [run["held_out_converted"] for run in runs["dense"]]
     )
@@ -172,6 +183,20 @@ def table(summary: dict[str, Any]) -> str:
         "Mean ± standard deviation over the seeds; rank and flips are means over the second half "
         "of training."
     )
+    if summary["variants"]:
+        rows += [
+            "\nSide runs, seed 0; in brackets the same configuration and seed of the main runs:\n",
+            "| variant | configuration | held-out loss, nats/token | effective rank of dL/dW |",
+            "|---|---|---|---|",
+        ]
+    for run in summary["variants"]:
+        main = summary["configurations"][run["configuration"]]
+        rows.append(
+            f"| {run['variant']} | {run['configuration']} "
+            f"| {run['held_out_loss']:.3f} ({main['held_out_loss']['values'][0]:.3f}) "
+            f"| {run['effective_rank_second_half']:.1f} "
+            f"({main['effective_rank_second_half']['values'][0]:.1f}) |"
+        )
     return "\n".join(rows)
 
 
@@ -223,7 +248,7 @@ def plot(runs: Runs, folder: Path) -> None:
     for name, seeds in runs.items():
         curve(left, name, [run["rank"] for run in seeds])
         curve(right, name, [[[s, 100 * v] for s, v in run["flips"]] for run in seeds])
-    left.set_title("Effective rank of the weight gradients (mean of 28 matrices, at most 256)")
+    left.set_title("Effective rank of the weight gradients (of 256)")
     left.set_ylim(bottom=0)
     left.legend(frameon=False)
     right.set_title("Weights whose code one step changes, %")
@@ -234,29 +259,38 @@ def plot(runs: Runs, folder: Path) -> None:
     figure.savefig(folder / "rank.png", dpi=130)
 
     figure, panels = plt.subplots(
-        1, len(runs), figsize=(13, 3.4), layout="constrained", sharey=True
+        2, len(runs), figsize=(13, 5), layout="constrained", sharex=True, sharey="row"
     )
     width = HISTOGRAM_EDGES[1] - HISTOGRAM_EDGES[0]
-    for axes, (name, seeds) in zip(panels, runs.items(), strict=True):
-        for key, color, label in (
-            ("latent_at_start", "#999999", "start"),
-            ("latent_at_end", STYLE[name]["color"], "end"),
-        ):
-            shares = zip(*(run[key]["histogram"] for run in seeds), strict=True)
-            density = [statistics.fmean(column) / width for column in shares]
-            axes.stairs(density, HISTOGRAM_EDGES, color=color, lw=1.6, label=label)
-        axes.axvline(1, color="#2ca02c", lw=1, ls=":")
-        axes.set_title(name)
-        axes.set_xlim(0, 3.5)
-        axes.set_xlabel("|w| / alpha")
-        axes.legend(frameon=False)
-    panels[0].set_ylabel("density")
+    for column, (name, seeds) in enumerate(runs.items()):
+        start, end = (
+            [
+                statistics.fmean(shares) / width
+                for shares in zip(*(run[key]["histogram"] for run in seeds), strict=True)
+            ]
+            for key in ("latent_at_start", "latent_at_end")
+        )
+        color = STYLE[name]["color"]
+        upper, lower = panels[0][column], panels[1][column]
+        upper.stairs(start, HISTOGRAM_EDGES, color="#999999", lw=1.6, label="start")
+        upper.stairs(end, HISTOGRAM_EDGES, color=color, lw=1.6, label="end")
+        upper.legend(frameon=False)
+        upper.set_title(name)
+        change = [e - s for s, e in zip(start, end, strict=True)]
+        lower.stairs(change, HISTOGRAM_EDGES, color=color, fill=True, alpha=0.7, baseline=0)
+        lower.axhline(0, color="#222222", lw=0.8)
+        lower.set_xlabel("|w| / alpha")
+        lower.set_xlim(0, 3.5)
+        for axes in (upper, lower):
+            axes.axvline(1, color="#2ca02c", lw=1, ls=":")
+    panels[0][0].set_ylabel("density")
+    panels[1][0].set_ylabel("end minus start")
     figure.savefig(folder / "weights.png", dpi=130)
 
 
 def report(folder: Path) -> None:
     runs = load_runs(folder)
-    summary = summarise(runs)
+    summary = summarise(runs, load_variants(folder))
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     plot(runs, folder)
     page = folder / "README.md"
@@ -268,7 +302,7 @@ def report(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=RESULTS)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=Setting.steps)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--variants", action="store_true", help="the side runs, instead")

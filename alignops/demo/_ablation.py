@@ -40,7 +40,7 @@ class Setting:
     batch: int = 8
     steps: int = 1000
     warmup: int = 50
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 6e-4
     residual_share: float = 1.0  # of the steps, after which lambda is 0
     evaluate_every: int = 100
     evaluate_windows: int = 128
@@ -120,10 +120,7 @@ def _prepare(model: SmallLM, configuration: str, steps: int) -> ArenasSchedule |
     if configuration == "dense":
         return None
     bits, _, residual = configuration.partition(" ")
-    if residual == "direct":
-        schedule = ArenasSchedule(steps, max_lambda=0.0, shape="constant")
-    else:
-        schedule = ArenasSchedule(steps)
+    schedule = ArenasSchedule(steps, max_lambda=0.0 if residual == "direct" else 1.0)
     if bits == "3:4":
         prepare_arenas(model, schedule)
     else:

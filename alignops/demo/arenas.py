@@ -53,7 +53,7 @@ class Distillation:
 
     Args:
         model: the original, a causal language model of transformers in float32.
-        train, held_out: token streams, int64.
+        train, held_out: token streams, int64, on the device of the model.
         steps: optimizer steps of the whole training.
     """
 
@@ -93,9 +93,8 @@ class Distillation:
         hidden = torch.stack([_relative_error(ours, theirs) for ours, theirs in pairs]).mean()
         return divergence, hidden
 
-    @staticmethod
-    def _autocast() -> AbstractContextManager[Any]:
-        return torch.autocast("cpu", torch.bfloat16)
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.train_tokens.device.type, torch.bfloat16)
 
     def step(self) -> tuple[float, float]:
         """One optimizer step; returns divergence (nats per token) and hidden-state error."""
@@ -107,7 +106,8 @@ class Distillation:
         starts = torch.randint(
             len(self.train_tokens) - setting.context, (setting.batch, 1), generator=self.batches
         )
-        divergence, hidden = self._loss(self.train_tokens[starts + torch.arange(setting.context)])
+        places = (starts + torch.arange(setting.context)).to(self.train_tokens.device)
+        divergence, hidden = self._loss(self.train_tokens[places])
         (divergence + setting.hidden_weight * hidden).backward()
         torch.nn.utils.clip_grad_norm_(list(self.trained.values()), 1.0)
         self.optimizer.step()
@@ -195,14 +195,16 @@ def run(
         course of the training, and the settings. Also written next to the checkpoint as JSON.
     """
     setting = setting or Setting()
-    state = torch.load(checkpoint, weights_only=True) if resume else None
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True) if resume else None
     echo("Loading SmolLM2-135M and the docstrings of the installed packages ...")
     model, tokenizer = load_smollm2()
     corpus = load_corpus(PACKAGES)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device)
+    end = tokenizer.eos_token_id
     train, held_out = (
-        torch.tensor([i for ids in tokenizer(texts)["input_ids"] for i in (*ids, end)])
+        torch.tensor([i for ids in tokenizer(texts)["input_ids"] for i in (*ids, end)]).to(device)
         for texts in (corpus.train, corpus.held_out)
-        for end in [tokenizer.eos_token_id]
     )
     echo(f"Text: {len(train):,} tokens to train on, {len(held_out):,} held out, {corpus.digest}")
 
@@ -290,7 +292,7 @@ def _train(
 @torch.no_grad()
 def _sample(model: nn.Module, tokenizer: Any) -> dict[str, str]:
     prompt = "Return the number of elements in the"
-    ids = tokenizer(prompt, return_tensors="pt")
+    ids = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
     model.eval()
     out = model.generate(**ids, max_new_tokens=24, do_sample=False)  # type: ignore[operator]
     text = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
