@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 from build_backend import find_tool, find_torch  # noqa: E402
 
 # Environment variables that become CMake options of the same name.
-SWITCHES = ("ALIGNOPS_CUDA", "ALIGNOPS_CUDA_ARCHS", "ALIGNOPS_WERROR", "ALIGNOPS_SKIP")
+SWITCHES = ("ALIGNOPS_CUDA", "ALIGNOPS_CUDA_ARCHS", "ALIGNOPS_WERROR")
 
 
 class CMakeBuild(build_ext):

@@ -39,11 +39,7 @@ PYBIND11_MODULE(_C, m) {
       "set_isa", [](const std::string& name) { alignops::set_isa(name.c_str()); }, py::arg("name"),
       "Choose the instruction set of all following calls; ValueError lists the choices.");
   m.def(
-      "cpu_layout",
-      [] {
-        const auto* t = alignops::ternary::kernels().linear;
-        return t ? static_cast<int>(t->layout) : 0;
-      },
+      "cpu_layout", [] { return static_cast<int>(alignops::ternary::kernels().linear->layout); },
       "Layout of packed ternary weights that the active instruction set reads.");
   m.def("self_test_failure", &alignops::ternary::self_test_failure,
         "Name of a kernel family that disagreed with the scalar code and was replaced by a slower "

@@ -3,13 +3,6 @@
 #include "ternary/self_test.h"
 
 namespace alignops::ternary {
-// BOOTSTRAP
-extern const QuantizeKernels kQuantizeScalar __attribute__((weak)),
-    kQuantizeAvx2 __attribute__((weak)), kQuantizeAvx512 __attribute__((weak));
-extern const LinearKernels kLinearScalar __attribute__((weak)), kLinearAvx2 __attribute__((weak)),
-    kLinearAvx512 __attribute__((weak));
-extern const Int8Kernels kInt8Scalar __attribute__((weak)), kInt8Avx2 __attribute__((weak)),
-    kInt8Avx512 __attribute__((weak));
 namespace {
 
 // One table per level. A family of kernels that disagrees with the scalar one keeps the tables of
@@ -32,7 +25,6 @@ struct Tables {
     levels[level] = levels[level - 1];
     if (!isa_supported(isa)) return;
     const auto choose = [&](auto member, const char* family) {
-      if (candidate.*member == nullptr) return;  // BOOTSTRAP
       if (agrees_with_scalar(*(candidate.*member))) {
         levels[level].*member = candidate.*member;
       } else if (failure == nullptr) {
