@@ -22,8 +22,9 @@ enum class Act : int32_t { kNone = 0, kA8 = 1, kA8G = 2, kA16 = 3 };
 
 // Kernel layouts; each holds exactly 5 bytes per 32 weights, rows and columns padded to the tile.
 // kPlanes: row-major, per row the idx bytes (B8/2) followed by the sign bytes (B8/8), B8 = B rounded up to 8.
-// kT2P: tiles of 32 rows x 32 columns for byte shuffles.  kT5W: tiles of 32 rows x 64 columns for 16-bit permutes.
-enum class Layout : int32_t { kPlanes = 0, kT2P = 1, kT5W = 2 };
+// kT2P: tiles of 32 rows x 32 columns for byte shuffles.  kT5W: tiles of 64 rows x 64 columns for 16-bit permutes.
+// kCuda: tiles of 32 rows x 128 columns for the GPU kernels, see cuda/layout.h.
+enum class Layout : int32_t { kPlanes = 0, kT2P = 1, kT5W = 2, kCuda = 3 };
 
 inline constexpr int64_t kActGroupColumns = 256;  // columns that share one activation scale in mode a8g
 inline constexpr int64_t kFlushBlocks = 64;       // int16 partial sums are widened at least this often

@@ -19,7 +19,7 @@ namespace {
 
 using cuda::Launch;
 
-constexpr int64_t kCudaLayout = 3;
+constexpr int64_t kCudaLayout = static_cast<int64_t>(Layout::kCuda);
 
 // int32 sums of the integer modes; int32 column numbers in the kernels.
 constexpr int64_t kMaxColumnsA8 = 22000000, kMaxColumns = int64_t{1} << 30;
@@ -264,7 +264,8 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
   ALIGNOPS_CHECK(k > 0, op, ": k must be positive, got ", k);
   check_group(k, group, stride, op);
   const Act act = cuda_act_mode(act_code, k, op);
-  check_cuda_layout(layout, op);
+  ALIGNOPS_CHECK(layout == kCudaLayout, op, ": packed must have the layout ", kCudaLayout,
+                 " (CUDA) on a GPU, got layout ", layout);
   const int32_t device = packed.is_cuda() ? packed.get_device_index() : x.get_device_index();
   const Rows rows = as_rows(x, op, "x", device);
   ALIGNOPS_CHECK(rows.columns == k, op, ": x must have last dimension K=", k,
