@@ -1,4 +1,4 @@
-"""Helpers for tests of models that use alignops: instruction sets, tolerances, sample data."""
+"""For tests of code that uses alignops: run it on every CPU instruction set of the machine."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from ternary import samples
+
+from tests.ternary import samples
 
 VALID = {**samples.VALID}
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from samples import ACTS, DTYPES, Shape, make_weight, make_x
 from torch import Tensor
 
 import alignops
 from alignops import ternary
+from tests.ternary.samples import ACTS, DTYPES, Shape, make_weight, make_x
 
 
 def assert_gradient(got: Tensor, g: Tensor, dense: Tensor) -> None:

@@ -5,13 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from samples import INVALID, Invalid
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 import alignops
 from alignops import ternary
+from tests.ternary.samples import INVALID, Invalid
 
 LABELS = [(name, i) for name, make in INVALID.items() for i, _ in enumerate(make())]
 

@@ -6,13 +6,13 @@ same bits on every instruction set, for every batch size, in every call.
 
 import pytest
 import torch
-from samples import ACTS, DTYPES, SHAPES, Shape, make_bias, make_weight, make_x
 from torch import Tensor
 
 import alignops
 from alignops import ternary, testing
 from alignops.reference import ternary as reference
 from alignops.ternary.weight import TernaryWeight
+from tests.ternary.samples import ACTS, DTYPES, SHAPES, Shape, make_bias, make_weight, make_x
 
 
 def definition(

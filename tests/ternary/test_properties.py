@@ -3,12 +3,12 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from samples import ACTS, DTYPES
 from torch import Tensor
 
 import alignops
 from alignops import ternary, testing
 from alignops.reference import ternary as reference
+from tests.ternary.samples import ACTS, DTYPES
 
 ISAS = testing.available_isas()
 

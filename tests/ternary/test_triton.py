@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_layout import cuda_layout
-from samples import DTYPES, SHAPES, Shape, make_bias, make_weight, make_x
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alignops import ternary
 from alignops.reference import ternary as reference
+from tests.ternary.cuda_layout import cuda_layout
+from tests.ternary.samples import DTYPES, SHAPES, Shape, make_bias, make_weight, make_x
 
 kernels = pytest.importorskip("alignops.triton_kernels.ternary", reason="triton is not installed")
 from alignops.triton_kernels import _tuning  # noqa: E402
