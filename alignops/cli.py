@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -81,8 +82,7 @@ def bench_ternary(
     if not (root / "benchmarks").is_dir():
         sys.exit("alignops bench: benchmarks are not part of the package; run it in a checkout")
     sys.path.insert(0, str(root))
-    from benchmarks import report
-
+    report = importlib.import_module("benchmarks.report")
     arguments = ["--quick"] if quick else []
     arguments += ["--only", only] if only else []
     arguments += ["--out", str(out)] if out else []
