@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 import alignops
+from alignops import ternary, testing
 from benchmarks import classic, contestants, peers, roofline, shapes, timing
 from benchmarks.timing import Runner
 
@@ -80,7 +81,8 @@ class Report:
     ) -> dict[str, float]:
         """Alternates the runners and records them; returns seconds by name."""
         torch.set_num_threads(threads)
-        seconds = timing.alternate(runners, self.rounds)
+        many = fields.get("m", 1) != 1  # passes of many tokens are long
+        seconds = timing.alternate(runners, min(self.rounds, 5) if many else self.rounds)
         for runner in runners:
             entry = Measurement(
                 case, runner.name, seconds[runner.name], threads, weight_bytes=runner.weight_bytes
@@ -134,7 +136,8 @@ def _peers(
     return [peers.llama_cpp(weight, kind, m, threads, cold, repack) for kind, repack in kinds]
 
 
-ALL_KINDS = (("TQ1_0", False), ("TQ2_0", False), ("Q4_0", False), ("Q4_0", True))
+PACKED_KINDS = (("TQ1_0", False), ("TQ2_0", False), ("Q4_0", True))
+ALL_KINDS = (*PACKED_KINDS, ("Q4_0", False))
 
 
 def gemv(report: Report) -> Iterator[str]:
@@ -200,12 +203,12 @@ def _gemv_bars(
 
 
 def _isa() -> str:
-    return alignops.testing.available_isas()[-1]
+    return testing.available_isas()[-1]
 
 
 def avx2(report: Report) -> Iterator[str]:
     """The AVX2 kernel against the usual lookup form, hot, one thread."""
-    if "avx2" not in alignops.testing.available_isas():
+    if "avx2" not in testing.available_isas():
         report.absent.append("AVX2")
         return
     for n, k in shapes.MATRICES[:1] if report.quick else shapes.MATRICES[:3]:
@@ -213,8 +216,8 @@ def avx2(report: Report) -> Iterator[str]:
         yield case
         torch.set_num_threads(1)
         weight = contestants.random_weight(n, k)
-        with alignops.testing.use_isa("avx2"):
-            packed = alignops.ternary.quantize(weight)
+        with testing.use_isa("avx2"):
+            packed = ternary.quantize(weight)
             usual = classic.ClassicLookup(packed.idx, packed.sign, packed.scale)
             ours = contestants.linear(n, k, 1, cold=False, dtype=torch.float32)
             s = report.time(
@@ -233,7 +236,7 @@ def batch(report: Report) -> Iterator[str]:
             torch.set_num_threads(threads)
             case = f"{n}x{k}, M=8, cold, {threads} thread{'s' * (threads > 1)}"
             yield case
-            others = _peers(report, weight, 8, threads, True, ALL_KINDS)
+            others = _peers(report, weight, 8, threads, True, PACKED_KINDS)
             runners = [
                 contestants.linear(n, k, 8, True),
                 contestants.linear(n, k, 8, True, act="none"),
@@ -256,7 +259,7 @@ def gemm(report: Report) -> Iterator[str]:
                 torch.set_num_threads(threads)
                 case = f"{n}x{k}, M={m}, hot, {threads} thread{'s' * (threads > 1)}"
                 yield case
-                kinds = (("Q4_0", True),) if m > 128 or report.quick else ALL_KINDS
+                kinds = PACKED_KINDS[2:] if m > 128 or report.quick else PACKED_KINDS
                 others = _peers(report, weight, m, threads, False, kinds)
                 runners = [
                     contestants.linear(n, k, m, False, hot_calls=1),

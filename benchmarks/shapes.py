@@ -46,7 +46,7 @@ MODELS = {
 
 # Single matrices (out, in) of the models above: the gate/up and down projections of the 1B, 3B and
 # 8B models.
-MATRICES = ((8192, 2048), (2048, 8192), (8192, 3072), (4096, 4096), (14336, 4096))
+MATRICES = ((8192, 2048), (2048, 8192), (8192, 3072), (14336, 4096))
 
 
 def packed_bytes(n: int, k: int) -> int:
