@@ -35,7 +35,7 @@ class Setting:
 
     context: int = 256
     batch: int = 4
-    learning_rate: float = 4e-4
+    learning_rate: float = 1e-3
     warmup_share: float = 0.05
     hidden_weight: float = 1.0
     residual: bool = True
