@@ -1,0 +1,1 @@
+"""What `alignops demo` runs: each core on a real model."""
