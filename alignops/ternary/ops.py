@@ -219,7 +219,7 @@ torch.library.register_autograd(
 
 CUDA_LAYOUT = 3
 # Rows and blocks of a tile, by layout (csrc/ternary/kernels.h).
-_TILES = {0: (1, 8), 1: (32, 8), 2: (32, 16), 3: (32, 32)}
+_TILES = {0: (1, 8), 1: (32, 8), 2: (64, 16), 3: (32, 32)}
 
 
 def _packed_bytes(n: int, k: int, layout: int, op: str) -> int:
@@ -313,10 +313,13 @@ def ternary_linear(x: Tensor, weight: Any, bias: Any = None, act: str = "auto") 
         torch.Size([3, 8])
     """
     # This is the hot path of decoding: the native code makes all checks it can make.
+    if isinstance(weight, (list, tuple)):
+        return _linear_sequence(x, tuple(weight), bias, act)
     try:
         auto, pack = _AUTO[x.dtype], weight._pack
     except (AttributeError, KeyError):
-        return _linear_sequence(x, weight, bias, act)
+        _check_types(x, [weight], "ternary_linear")
+        raise
     if pack is None or pack[6] != _native.cpu_layout:
         pack = weight.ready()
     packed, scale, n, k, group, stride, layout = pack
@@ -337,19 +340,16 @@ def ternary_linear(x: Tensor, weight: Any, bias: Any = None, act: str = "auto") 
         return op(x, packed, scale, bias, n, k, group, stride, code, layout)
 
 
-def _linear_sequence(x: Tensor, weights: Any, bias: Any, act: str) -> tuple[Tensor, ...]:
-    check_activations(x, "ternary_linear")
-    if not isinstance(weights, (list, tuple)) or not all(hasattr(w, "_pack") for w in weights):
-        raise TypeError(
-            "ternary_linear: weight must be a TernaryWeight or a sequence of them, got "
-            f"{type(weights).__name__}"
-        )
+def _linear_sequence(
+    x: Tensor, weights: tuple[TernaryWeight, ...], bias: Any, act: str
+) -> tuple[Tensor, ...]:
+    _check_types(x, weights, "ternary_linear")
     biases = [None] * len(weights) if bias is None else list(bias)
     _check(
         len(biases) == len(weights),
         f"ternary_linear: bias must have one entry per weight ({len(weights)}), got {len(biases)}",
     )
-    fused = weights[0].fused_with(tuple(weights)) if weights else None
+    fused = weights[0].fused_with(weights) if weights else None
     if fused is None:
         return tuple(ternary_linear(x, w, b, act) for w, b in zip(weights, biases, strict=True))
     return fused_outputs(x, fused, [w.shape[0] for w in weights], biases, act)
@@ -375,12 +375,16 @@ def _cat_bias(biases: Sequence[Tensor | None], sizes: list[int], x: Tensor) -> T
     )
 
 
-def check_activations(x: Any, op: str) -> None:
-    """TypeError unless x is a float32, bfloat16 or float16 tensor."""
+def _check_types(x: Any, weights: Sequence[Any], op: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: x must be a Tensor, got {type(x).__name__}")
     if x.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{op}: x must be float32, bfloat16 or float16, got {dtype_name(x.dtype)}")
+        got = dtype_name(x.dtype)
+        raise TypeError(f"{op}: x must be float32, bfloat16 or float16, got {got}")
+    for w in weights:
+        if not hasattr(w, "_pack"):
+            got = type(w).__name__
+            raise TypeError(f"{op}: weight must be a TernaryWeight or a list of them, got {got}")
 
 
 def check_act(act: str, op: str) -> None:
@@ -484,7 +488,7 @@ def int8_linear(
         >>> int8_linear(torch.randn(3, 64), q, scale).shape
         torch.Size([3, 8])
     """
-    check_activations(x, "int8_linear")
+    _check_types(x, (), "int8_linear")
     if act == "auto":
         differentiable = torch.is_grad_enabled() and x.requires_grad
         code = 0 if differentiable or x.is_cuda else _AUTO[x.dtype]

@@ -136,11 +136,11 @@ def _unfit(layer: nn.Module, group: int | None, stride: int) -> str | None:
         return f"quantized already ({kind})"
     if type(layer) is not nn.Linear and not is_conv1d(layer):
         return f"a subclass of Linear ({kind})"
-    if layer._forward_hooks or layer._forward_pre_hooks:
-        return "has forward hooks"
     weight = layer._parameters.get("weight")
     if weight is None:
         return "weight is not a parameter"
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return "has forward hooks"
     k = weight.shape[0 if is_conv1d(layer) else 1]
     if weight.dtype == torch.float64:
         return "weight is float64"

@@ -167,12 +167,13 @@ class TernaryWeight(nn.Module):
 
     def ready(self) -> Pack:
         """What the kernels take, packed now if need be."""
-        pack = self._pack
-        if pack is None or pack[6] != _kernel_layout(pack[0]):
-            if torch.compiler.is_dynamo_compiling():  # which knows no locks
-                self._pack = pack = self._make_pack()
-            else:
-                self.prepack()
+        pack = self._current_pack()
+        if pack is None and torch.compiler.is_dynamo_compiling():  # which knows no locks
+            pack = self._pack = self._make_pack()
+        elif pack is None:
+            with _lock:
+                if self._current_pack() is None:  # no other thread was faster
+                    self.prepack()
                 pack = cast(Pack, self._pack)
         return pack
 
@@ -203,6 +204,10 @@ class TernaryWeight(nn.Module):
     def _format(self) -> list[int]:
         n, k = self.shape[:-1].numel(), self.shape[-1]
         return [FORMAT_VERSION, n, k, self.group, self.stride]
+
+    def _current_pack(self) -> Pack | None:
+        pack = self._pack
+        return pack if pack is not None and pack[6] == _kernel_layout(pack[0]) else None
 
     def _planes(self) -> tuple[Tensor, Tensor]:
         idx, sign = self._buffers["idx"], self._buffers["sign"]
