@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t kBlockBytes =
     256 * 1024;  // of weights, which stay in the L2 cache while all slots pass
+constexpr int64_t kPrefetchRows = 16;
 
 __m128i load_bytes(const int8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 
@@ -132,12 +133,13 @@ struct Tile {
     end = end < round_up(a.k, 16) ? end : round_up(a.k, 16);
     const bool inside = (row + rows - 1) * a.k + end <= a.n * a.k;
     const int64_t whole = inside ? end : end - 16;
-    for (int64_t c = begin; c < whole; c += 16)
+    for (int64_t c = begin; c < whole; c += 16) {
       step(c, [&](int r) {
         if (slot == 0)
-          _mm_prefetch(reinterpret_cast<const char*>(w[r] + c + 16 * a.k), _MM_HINT_T0);
+          _mm_prefetch(reinterpret_cast<const char*>(w[r] + c + kPrefetchRows * a.k), _MM_HINT_T0);
         return load_bytes(w[r] + c);
       });
+    }
     if (whole < end)
       step(whole, [&](int r) {
         int8_t tail[16] = {};
@@ -249,8 +251,7 @@ void linear(const Int8LinearArgs& a, int64_t row_begin, int64_t row_end) {
   const int64_t block = round_up(kBlockBytes / (a.k + 1) + 1, 8);
   for (int64_t begin = row_begin; begin < row_end; begin += block) {
     const int64_t end = begin + block < row_end ? begin + block : row_end;
-    int64_t slot = run_slots<4>(a, begin, end, 0, slots);
-    slot = run_slots<2>(a, begin, end, slot, slots);
+    const int64_t slot = run_slots<2>(a, begin, end, 0, slots);
     run_slots<1>(a, begin, end, slot, slots);
   }
 }

@@ -20,6 +20,7 @@ namespace {
 
 constexpr int64_t kBlockBytes =
     256 * 1024;  // of weights, which stay in the L2 cache while all slots pass
+constexpr int64_t kPrefetchBytes = 8192;
 
 // -- quantization
 // -----------------------------------------------------------------------------------------------------
@@ -131,31 +132,66 @@ struct Tile {
   // The weights may be read up to here from any row of the tile.
   bool inside(int64_t end) const { return (row + rows - 1) * a.k + end <= a.n * a.k; }
 
-  [[gnu::always_inline]] __m512i integer_sums(const Segment& s, int64_t index) const {
+  [[gnu::always_inline]] static __m512i with_offset(__m512i v) {
+    return _mm512_xor_si512(v, _mm512_set1_epi8(-128));
+  }
+
+  __m512i load_tail(const int8_t* p) const {
+    return _mm512_maskz_loadu_epi8((__mmask64{1} << a.k % 64) - 1, p);
+  }
+
+  // Segments [first, last) of row r, in the order of memory: the way to read fast what is used
+  // once.
+  [[gnu::always_inline]] void stream(int64_t first, int64_t last, int r, __m512i (*out)[16]) const {
+    const int8_t *p = w[r], *q = a.q + slot * a.k_pad;
+    const int64_t pitch = a.k_pad;
+    const int64_t whole = (a.n * a.k - (p - a.w)) / 64 * 64;  // columns that can be read 64 at once
+    const Segment* s = a.segments + first;
+    for (int64_t i = 0; i < last - first; ++i) {
+      const int64_t begin = 4 * s[i].begin, end = 4 * s[i].end;
+      __m512i acc[kSlots];
+      for (int t = 0; t < kSlots; ++t) acc[t] = _mm512_setzero_si512();
+      const auto step = [&](int64_t c, __m512i v) __attribute__((always_inline)) {
+        for (int t = 0; t < kSlots; ++t)
+          acc[t] =
+              _mm512_dpbusd_epi32(acc[t], with_offset(v), _mm512_loadu_si512(q + t * pitch + c));
+      };
+      for (int64_t c = begin; c < (end < whole ? end : whole); c += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(p + c + kPrefetchBytes), _MM_HINT_T0);
+        step(c, _mm512_loadu_si512(p + c));
+      }
+      if (whole < end) step(whole, load_tail(p + whole));
+      for (int t = 0; t < kSlots; ++t) out[i][t * kRows + r] = acc[t];
+    }
+  }
+
+  // Column after column, so that every load of q serves all rows.
+  [[gnu::always_inline]] void block(const Segment& s, __m512i* out) const {
     __m512i acc[kSlots][kRows];
     for (int t = 0; t < kSlots; ++t)
       for (int r = 0; r < kRows; ++r) acc[t][r] = _mm512_setzero_si512();
-    const int64_t end = 4 * s.end;
-    const int64_t whole = inside(end) ? end : end - 64;
     const auto step = [&](int64_t c, const auto& load) __attribute__((always_inline)) {
       __m512i q[kSlots];
       for (int t = 0; t < kSlots; ++t) q[t] = _mm512_loadu_si512(a.q + (slot + t) * a.k_pad + c);
       for (int r = 0; r < kRows; ++r) {
-        const __m512i u = _mm512_xor_si512(load(w[r] + c), _mm512_set1_epi8(-128));
+        const __m512i u = with_offset(load(w[r] + c));
         for (int t = 0; t < kSlots; ++t) acc[t][r] = _mm512_dpbusd_epi32(acc[t][r], u, q[t]);
       }
     };
+    const int64_t end = 4 * s.end, whole = inside(end) ? end : end - 64;
     for (int64_t c = 4 * s.begin; c < whole; c += 64)
       step(c, [&](const int8_t* p) {
         if (slot == 0) _mm_prefetch(reinterpret_cast<const char*>(p + 16 * a.k), _MM_HINT_T0);
         return _mm512_loadu_si512(p);
       });
-    if (whole < end) {
-      const __mmask64 mask = (__mmask64{1} << a.k % 64) - 1;
-      step(whole, [&](const int8_t* p) { return _mm512_maskz_loadu_epi8(mask, p); });
-    }
-    const __m512i sums =
-        _mm512_castps_si512(fold<Integers>(reinterpret_cast<const __m512*>(&acc[0][0])));
+    if (whole < end) step(whole, [&](const int8_t* p) { return load_tail(p); });
+    for (int t = 0; t < kSlots; ++t)
+      for (int r = 0; r < kRows; ++r) out[t * kRows + r] = acc[t][r];
+  }
+
+  // I of segment `index`, without the 128 * sum(q) that the offset added.
+  [[gnu::always_inline]] __m512i integer_sums(const __m512i* acc, int64_t index) const {
+    const __m512i sums = _mm512_castps_si512(fold<Integers>(reinterpret_cast<const __m512*>(acc)));
     const __m512 offset = spread(kSlots, [&](int t) {
       return __builtin_bit_cast(float, 128 * a.slot_sum[(slot + t) * a.num_segments + index]);
     });
@@ -207,12 +243,23 @@ struct Tile {
     if (a.act == Act::kNone) {
       acc = _mm512_mul_ps(lossless_sums(), scale);
     } else {
-      for (int64_t i = 0; i < a.num_segments; ++i) {
-        const __m512 act_scale = spread(tokens, [&](int t) {
-          return a.act_scale[(token + t) * a.act_groups + a.segments[i].act_group];
-        });
-        acc = _mm512_fmadd_ps(to_float(integer_sums(a.segments[i], i)),
-                              _mm512_mul_ps(act_scale, scale), acc);
+      constexpr bool kStream = kSlots <= 2;
+      constexpr int64_t kBatch = kStream ? 8 : 1;  // segments of a row that are read together
+      for (int64_t first = 0; first < a.num_segments; first += kBatch) {
+        const int64_t last = first + kBatch < a.num_segments ? first + kBatch : a.num_segments;
+        __m512i sums[kBatch][16];
+        if constexpr (kStream) {
+          for (int r = 0; r < kRows; ++r) stream(first, last, r, sums);
+        } else {
+          block(a.segments[first], sums[0]);
+        }
+        for (int64_t i = first; i < last; ++i) {
+          const __m512 act_scale = spread(tokens, [&](int t) {
+            return a.act_scale[(token + t) * a.act_groups + a.segments[i].act_group];
+          });
+          acc = _mm512_fmadd_ps(to_float(integer_sums(sums[i - first], i)),
+                                _mm512_mul_ps(act_scale, scale), acc);
+        }
       }
     }
     for (int t = 0; t < tokens; ++t, acc = next_rows(acc)) store_token(token + t, acc);
