@@ -195,3 +195,12 @@ def test_configurations_share_their_start():
     for state in starts[1:]:
         assert state.keys() == starts[0].keys()
         assert all(torch.equal(state[key], starts[0][key]) for key in state)
+
+
+def test_ablation_compares_all_configurations(monkeypatch):
+    monkeypatch.setattr(arenas, "load_corpus", corpus)
+    lines: list[str] = []
+    runs = arenas.ablate(steps=2, echo=lines.append)
+    assert [run["configuration"] for run in runs] == list(_ablation.CONFIGURATIONS)
+    assert all(run["held_out"][-1][0] == 2 for run in runs)
+    assert len([line for line in lines if "seed 0: " in line and line.startswith("  ")]) == 5

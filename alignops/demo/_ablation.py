@@ -191,7 +191,8 @@ def _loss(model: SmallLM, windows: Tensor) -> Tensor:
 @torch.no_grad()
 def _held_out_loss(model: SmallLM, text: Text, setting: Setting) -> float:
     """Mean loss of the first windows of the held-out text, as deployed: eval mode, lambda = 0."""
-    count, length = setting.evaluate_windows, setting.context + 1
+    length = setting.context + 1
+    count = min(setting.evaluate_windows, len(text.held_out) // length)
     windows = text.held_out[: count * length].view(count, length)
     model.eval()
     losses = [_loss(model, batch).item() for batch in windows.split(setting.batch)]
@@ -273,7 +274,7 @@ def train(
                 for name, w in weights.items()
             )
             flips.append((step, changed / sum(w.numel() for w in weights.values())))
-        if (step + 1) % setting.evaluate_every == 0:
+        if (step + 1) % setting.evaluate_every == 0 or step + 1 == setting.steps:
             held_out.append((step + 1, round(_held_out_loss(model, text, setting), 4)))
             report(f"{configuration}, seed {seed}: step {step + 1}, held out {held_out[-1][1]:.3f}")
 
