@@ -1,6 +1,7 @@
 // AVX-512 matmul on layout T5W.
 //
-// Tile of 32 rows x 64 columns = 16 blocks = five zmm w_0..w_4 of 32 u16, one 16-bit lane per row:
+// A tile is 64 rows x 64 columns in two halves. Half a tile, 32 rows x 16 blocks, is five zmm
+// w_0..w_4 of 32 u16, one 16-bit lane per row:
 //   w_j = c_3j | c_3j+1 << 5 | c_3j+2 << 10 | bit j of c_15 << 15.
 // A zmm is also a signed 32-entry int16 table, and vpermw reads only the low 5 bits of its index:
 // one lookup of 32 rows is one shift, one permute, one add. Right shifts are multiplications
@@ -26,7 +27,7 @@ namespace {
 
 constexpr int64_t kLookupSlots = 3;  // with more slots, decode and dot is faster
 constexpr int64_t kPanel = 12;
-constexpr int64_t kPrefetchBytes = 24 * 1024;
+constexpr int64_t kPrefetchBytes = 6 * 1024;
 
 const uint8_t* tile_at(const LinearArgs& a, int64_t row_tile, int64_t block) {
   return a.packed + (row_tile * (a.blocks / kTileBlocks) + block / kTileBlocks) * kTileBytes;
@@ -66,6 +67,11 @@ template <int kBlock, bool kMultiply>
   }
 }
 
+// A core alone reaches the memory bandwidth only with requests this far ahead of use.
+[[gnu::always_inline]] inline void prefetch(const uint8_t* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetchBytes), _MM_HINT_T0);
+}
+
 template <int kValue>
 struct Constant {
   static constexpr int value = kValue;
@@ -94,19 +100,7 @@ template <typename F>
   }
 }
 
-// The hardware prefetcher loses the several short streams of a group of row tiles. The tensor is
-// contiguous, so the same place some groups further on is what will be needed about a microsecond
-// later.
-int64_t prefetch_distance(const LinearArgs& a, int64_t tiles) {
-  const int64_t group = tiles * (a.blocks / kTileBlocks) * kTileBytes;
-  return ceil_div(kPrefetchBytes, group) * group;
-}
-
-[[gnu::always_inline]] inline void prefetch(const uint8_t* p) {
-  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
-}
-
-// 32 float outputs of a row tile: rows 0..15 and 16..31.
+// 32 float outputs of half a row tile: rows 0..15 and 16..31.
 struct Rows {
   __m512 low, high;
 };
@@ -123,101 +117,89 @@ void finish(const LinearArgs& a, int64_t t, int64_t row, Rows v) {
   store16_f32(a.y, a.y_dtype, t * a.ldy + row + 16, v.high, m1);
 }
 
-// Sums of blocks [begin, end) of a segment, at most kFlushBlocks, for kTiles row tiles and kSlots
-// slots.
-template <int kTiles, int kSlots>
-[[gnu::always_inline]] inline void lookup_run(const LinearArgs& a,
-                                              const uint8_t* const (&row)[kTiles],
+// Sums of blocks [begin, end) of a segment, at most kFlushBlocks, for kSlots slots and the two
+// halves of a row tile.
+template <int kSlots>
+[[gnu::always_inline]] inline void lookup_run(const LinearArgs& a, int64_t row_tile,
                                               const uint8_t* tables, int64_t begin, int64_t end,
-                                              __m512i (&acc)[kSlots][kTiles]) {
-  const int64_t slot_bytes = a.blocks * 64, ahead = prefetch_distance(a, kTiles);
-  for (auto& slot : acc)
-    for (__m512i& v : slot) v = _mm512_setzero_si512();
-  for_blocks(begin, end, [&](int64_t tile, auto block) __attribute__((always_inline)) {
-    __m512i code[kTiles];
-    for (int r = 0; r < kTiles; ++r) {
-      const uint8_t* words = row[r] + tile / kTileBlocks * kTileBytes;
-      if (block.value < 5) prefetch(words + ahead + 64 * block.value);
-      code[r] = code_word<decltype(block)::value, true>(words);
-    }
+                                              __m512i (&acc)[kSlots][2]) {
+  const int64_t slot_bytes = a.blocks * 64;
+  for (auto& slot : acc) slot[0] = slot[1] = _mm512_setzero_si512();
+  for_blocks(begin, end, [&](int64_t first, auto block) __attribute__((always_inline)) {
+    const uint8_t* tile = tile_at(a, row_tile, first);
+    if (block.value < 10) prefetch(tile + 64 * block.value);
+    const __m512i code0 = code_word<decltype(block)::value, true>(tile);
+    const __m512i code1 = code_word<decltype(block)::value, true>(tile + kHalfBytes);
     for (int s = 0; s < kSlots; ++s) {
       const __m512i entries =
-          _mm512_loadu_si512(tables + s * slot_bytes + (tile + block.value) * 64);
-      for (int r = 0; r < kTiles; ++r)
-        acc[s][r] = _mm512_add_epi16(acc[s][r], _mm512_permutexvar_epi16(code[r], entries));
+          _mm512_loadu_si512(tables + s * slot_bytes + (first + block.value) * 64);
+      acc[s][0] = _mm512_add_epi16(acc[s][0], _mm512_permutexvar_epi16(code0, entries));
+      acc[s][1] = _mm512_add_epi16(acc[s][1], _mm512_permutexvar_epi16(code1, entries));
     }
   });
 }
 
-template <int kTiles, int kSlots>
-void lookup_tiles(const LinearArgs& a, int64_t row_tile, int64_t slot) {
-  const uint8_t* row[kTiles];
-  for (int r = 0; r < kTiles; ++r) row[r] = tile_at(a, row_tile + r, 0);
+template <int kSlots>
+void lookup_tile(const LinearArgs& a, int64_t row_tile, int64_t slot) {
   const uint8_t* tables = a.tables + slot * a.blocks * 64;
-  const int64_t limbs = a.act == Act::kA16 ? 2 : 1;
-  Rows out[kSlots][kTiles] = {};
+  const int limbs = a.act == Act::kA16 ? 2 : 1;
+  Rows out[kSlots][2] = {};
   for (int64_t i = 0; i < a.num_segments; ++i) {
     const Segment& s = a.segments[i];
-    __m512i low[kSlots][kTiles] = {}, high[kSlots][kTiles] = {};  // rows 0..15 and 16..31 in int32
+    __m512i low[kSlots][2] = {}, high[kSlots][2] = {};  // rows 0..15 and 16..31 of a half in int32
     for (int64_t b = s.begin; b < s.end; b += kFlushBlocks) {
-      __m512i acc[kSlots][kTiles];
-      lookup_run<kTiles, kSlots>(a, row, tables, b,
-                                 b + kFlushBlocks < s.end ? b + kFlushBlocks : s.end, acc);
+      __m512i acc[kSlots][2];
+      lookup_run<kSlots>(a, row_tile, tables, b,
+                         b + kFlushBlocks < s.end ? b + kFlushBlocks : s.end, acc);
       for (int t = 0; t < kSlots; ++t)
-        for (int r = 0; r < kTiles; ++r) {
-          low[t][r] =
-              _mm512_add_epi32(low[t][r], _mm512_cvtepi16_epi32(_mm512_castsi512_si256(acc[t][r])));
-          high[t][r] = _mm512_add_epi32(
-              high[t][r], _mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(acc[t][r], 1)));
+        for (int h = 0; h < 2; ++h) {
+          const __m256i rows0 = _mm512_castsi512_si256(acc[t][h]);
+          const __m256i rows1 = _mm512_extracti64x4_epi64(acc[t][h], 1);
+          low[t][h] = _mm512_add_epi32(low[t][h], _mm512_cvtepi16_epi32(rows0));
+          high[t][h] = _mm512_add_epi32(high[t][h], _mm512_cvtepi16_epi32(rows1));
         }
     }
     const float* scale = a.weight_scale + s.weight_group * a.rows + row_tile * kTileRows;
-    for (int t = 0; t < kSlots; t += static_cast<int>(limbs)) {
+    for (int t = 0; t < kSlots; t += limbs) {
       const __m512 act =
           _mm512_set1_ps(a.act_scale[(slot + t) / limbs * a.act_groups + s.act_group]);
-      for (int r = 0; r < kTiles; ++r) {
-        __m512i i0 = low[t][r], i1 = high[t][r];
-        if (kSlots > 1 && limbs == 2) {
-          i0 = _mm512_add_epi32(_mm512_slli_epi32(i0, 8), low[t + 1 < kSlots ? t + 1 : t][r]);
-          i1 = _mm512_add_epi32(_mm512_slli_epi32(i1, 8), high[t + 1 < kSlots ? t + 1 : t][r]);
+      for (int h = 0; h < 2; ++h) {
+        __m512i i0 = low[t][h], i1 = high[t][h];
+        if (limbs == 2) {
+          const int limb = t + 1 < kSlots ? t + 1 : t;  // always t + 1: limbs come in pairs
+          i0 = _mm512_add_epi32(_mm512_slli_epi32(i0, 8), low[limb][h]);
+          i1 = _mm512_add_epi32(_mm512_slli_epi32(i1, 8), high[limb][h]);
         }
-        const __m512 s0 = _mm512_mul_ps(act, _mm512_loadu_ps(scale + r * kTileRows));
-        const __m512 s1 = _mm512_mul_ps(act, _mm512_loadu_ps(scale + r * kTileRows + 16));
-        out[t][r].low = _mm512_fmadd_ps(_mm512_cvtepi32_ps(i0), s0, out[t][r].low);
-        out[t][r].high = _mm512_fmadd_ps(_mm512_cvtepi32_ps(i1), s1, out[t][r].high);
+        const __m512 s0 = _mm512_mul_ps(act, _mm512_loadu_ps(scale + h * kHalfRows));
+        const __m512 s1 = _mm512_mul_ps(act, _mm512_loadu_ps(scale + h * kHalfRows + 16));
+        out[t][h].low = _mm512_fmadd_ps(_mm512_cvtepi32_ps(i0), s0, out[t][h].low);
+        out[t][h].high = _mm512_fmadd_ps(_mm512_cvtepi32_ps(i1), s1, out[t][h].high);
       }
     }
   }
-  for (int t = 0; t < kSlots; t += static_cast<int>(limbs))
-    for (int r = 0; r < kTiles; ++r)
-      finish(a, (slot + t) / limbs, (row_tile + r) * kTileRows, out[t][r]);
-}
-
-template <int kSlots>
-void lookup_slots(const LinearArgs& a, int64_t begin, int64_t end, int64_t slot) {
-  constexpr int kTiles = kSlots == 1 ? 4 : 2;
-  int64_t rt = begin;
-  for (; rt + kTiles <= end; rt += kTiles) lookup_tiles<kTiles, kSlots>(a, rt, slot);
-  for (; rt < end; ++rt) lookup_tiles<1, kSlots>(a, rt, slot);
+  for (int t = 0; t < kSlots; t += limbs)
+    for (int h = 0; h < 2; ++h)
+      finish(a, (slot + t) / limbs, row_tile * kTileRows + h * kHalfRows, out[t][h]);
 }
 
 void lookup(const LinearArgs& a, int64_t begin, int64_t end) {
   const bool wide = a.act == Act::kA16;  // keep the two limbs of a token together
   const int64_t slots = wide ? 2 * a.m : a.m, pass = wide ? 2 : kLookupSlots;
-  for (int64_t slot = 0; slot < slots; slot += pass)
-    switch (slots - slot < pass ? slots - slot : pass) {
-      case 1:
-        lookup_slots<1>(a, begin, end, slot);
-        break;
-      case 2:
-        lookup_slots<2>(a, begin, end, slot);
-        break;
-      default:
-        lookup_slots<3>(a, begin, end, slot);
-    }
+  for (int64_t rt = begin; rt < end; ++rt)
+    for (int64_t slot = 0; slot < slots; slot += pass)
+      switch (slots - slot < pass ? slots - slot : pass) {
+        case 1:
+          lookup_tile<1>(a, rt, slot);
+          break;
+        case 2:
+          lookup_tile<2>(a, rt, slot);
+          break;
+        default:
+          lookup_tile<3>(a, rt, slot);
+      }
 }
 
-// --- 32-bit lanes: rows 2i and 2i+1 of a tile
+// --- 32-bit lanes: rows 2i and 2i+1 of half a tile
 
 struct Pair {
   __m512 even, odd;
@@ -238,42 +220,37 @@ Rows join(Pair p) {
 
 // --- lossless lookup
 
-template <int kTiles>
-void lookup_f32_tiles(const LinearArgs& a, int64_t row_tile, int64_t token) {
+void lookup_f32_tile(const LinearArgs& a, int64_t row_tile, int64_t token) {
   const uint8_t* tables = a.tables + token * a.blocks * 128;
-  const int64_t ahead = prefetch_distance(a, kTiles);
-  Pair out[kTiles] = {};
+  Pair out[2] = {};
   for (int64_t i = 0; i < a.num_segments; ++i) {
     const Segment& s = a.segments[i];
-    Pair acc[kTiles] = {};
-    for_blocks(s.begin, s.end, [&](int64_t tile, auto block) __attribute__((always_inline)) {
-      const uint8_t* table = tables + (tile + block.value) * 128;
+    Pair acc[2] = {};
+    for_blocks(s.begin, s.end, [&](int64_t first, auto block) __attribute__((always_inline)) {
+      const uint8_t* table = tables + (first + block.value) * 128;
       const __m512 plus = _mm512_loadu_ps(table), minus = _mm512_loadu_ps(table + 64);
-      for (int r = 0; r < kTiles; ++r) {
-        const uint8_t* words = tile_at(a, row_tile + r, tile);
-        if (block.value < 5) prefetch(words + ahead + 64 * block.value);
-        const __m512i even = code_word<decltype(block)::value, true>(words);
+      const uint8_t* tile = tile_at(a, row_tile, first);
+      if (block.value < 10) prefetch(tile + 64 * block.value);
+      for (int h = 0; h < 2; ++h) {
+        const __m512i even = code_word<decltype(block)::value, true>(tile + h * kHalfBytes);
         const __m512i odd = _mm512_srli_epi32(even, 16);
-        acc[r].even = _mm512_add_ps(acc[r].even, _mm512_permutex2var_ps(plus, even, minus));
-        acc[r].odd = _mm512_add_ps(acc[r].odd, _mm512_permutex2var_ps(plus, odd, minus));
+        acc[h].even = _mm512_add_ps(acc[h].even, _mm512_permutex2var_ps(plus, even, minus));
+        acc[h].odd = _mm512_add_ps(acc[h].odd, _mm512_permutex2var_ps(plus, odd, minus));
       }
     });
-    for (int r = 0; r < kTiles; ++r) {
-      const Pair scale =
-          split(a.weight_scale + s.weight_group * a.rows + (row_tile + r) * kTileRows);
-      out[r].even = _mm512_fmadd_ps(acc[r].even, scale.even, out[r].even);
-      out[r].odd = _mm512_fmadd_ps(acc[r].odd, scale.odd, out[r].odd);
+    const float* scale = a.weight_scale + s.weight_group * a.rows + row_tile * kTileRows;
+    for (int h = 0; h < 2; ++h) {
+      const Pair factor = split(scale + h * kHalfRows);
+      out[h].even = _mm512_fmadd_ps(acc[h].even, factor.even, out[h].even);
+      out[h].odd = _mm512_fmadd_ps(acc[h].odd, factor.odd, out[h].odd);
     }
   }
-  for (int r = 0; r < kTiles; ++r) finish(a, token, (row_tile + r) * kTileRows, join(out[r]));
+  for (int h = 0; h < 2; ++h) finish(a, token, row_tile * kTileRows + h * kHalfRows, join(out[h]));
 }
 
 void lookup_f32(const LinearArgs& a, int64_t begin, int64_t end) {
-  int64_t rt = begin;
-  for (; rt + 2 <= end; rt += 2)
-    for (int64_t t = 0; t < a.m; ++t) lookup_f32_tiles<2>(a, rt, t);
-  for (; rt < end; ++rt)
-    for (int64_t t = 0; t < a.m; ++t) lookup_f32_tiles<1>(a, rt, t);
+  for (int64_t rt = begin; rt < end; ++rt)
+    for (int64_t t = 0; t < a.m; ++t) lookup_f32_tile(a, rt, t);
 }
 
 // --- decode and dot
@@ -289,9 +266,10 @@ constexpr DecodeTable make_decode_table() {
 }
 constexpr DecodeTable kDecode = make_decode_table();
 
-// One row tile times the first kSlots slots of a panel.
+// Half a row tile times the first kSlots slots of a panel.
 template <int kSlots>
-void dot_panel(const LinearArgs& a, int64_t row_tile, int64_t panel) {
+void dot_panel(const LinearArgs& a, int64_t row_tile, int64_t half, int64_t panel) {
+  const int64_t row = row_tile * kTileRows + half * kHalfRows;
   const __m512i codes_low = _mm512_load_si512(kDecode.v[0]),
                 codes_high = _mm512_load_si512(kDecode.v[16]);
   const int8_t* q = a.q + panel * a.blocks * kPanel * 4;
@@ -302,12 +280,13 @@ void dot_panel(const LinearArgs& a, int64_t row_tile, int64_t panel) {
     __m512i even[kSlots], odd[kSlots];
     for (int t = 0; t < kSlots; ++t)
       even[t] = odd[t] = _mm512_set1_epi32(-a.slot_sum[(slot + t) * a.num_segments + i]);
-    for_blocks(s.begin, s.end, [&](int64_t tile, auto block) __attribute__((always_inline)) {
-      const __m512i code = code_word<decltype(block)::value, false>(tile_at(a, row_tile, tile));
+    for_blocks(s.begin, s.end, [&](int64_t first, auto block) __attribute__((always_inline)) {
+      const __m512i code =
+          code_word<decltype(block)::value, false>(tile_at(a, row_tile, first) + half * kHalfBytes);
       const __m512i w0 = _mm512_permutex2var_epi32(codes_low, code, codes_high);
       const __m512i w1 =
           _mm512_permutex2var_epi32(codes_low, _mm512_srli_epi32(code, 16), codes_high);
-      const int8_t* x = q + (tile + block.value) * kPanel * 4;
+      const int8_t* x = q + (first + block.value) * kPanel * 4;
       for (int t = 0; t < kSlots; ++t) {
         int32_t word;
         __builtin_memcpy(&word, x + 4 * t, 4);
@@ -316,7 +295,7 @@ void dot_panel(const LinearArgs& a, int64_t row_tile, int64_t panel) {
         odd[t] = _mm512_dpbusd_epi32(odd[t], w1, v);
       }
     });
-    const Pair scale = split(a.weight_scale + s.weight_group * a.rows + row_tile * kTileRows);
+    const Pair scale = split(a.weight_scale + s.weight_group * a.rows + row);
     for (int t = 0; t < kSlots; ++t) {
       if (limbs == 2) {
         if (t % 2 == 1) continue;
@@ -335,7 +314,7 @@ void dot_panel(const LinearArgs& a, int64_t row_tile, int64_t panel) {
     }
   }
   for (int t = 0; t < kSlots; t += static_cast<int>(limbs))
-    finish(a, (slot + t) / limbs, row_tile * kTileRows,
+    finish(a, (slot + t) / limbs, row,
            join({_mm512_load_ps(out[t][0]), _mm512_load_ps(out[t][1])}));
 }
 
@@ -343,7 +322,8 @@ template <int kSlots>
 void dot_slots(const LinearArgs& a, int64_t begin, int64_t end, int64_t panel, int64_t slots) {
   if constexpr (kSlots > 0) {
     if (slots < kSlots) return dot_slots<kSlots - 1>(a, begin, end, panel, slots);
-    for (int64_t rt = begin; rt < end; ++rt) dot_panel<kSlots>(a, rt, panel);
+    for (int64_t rt = begin; rt < end; ++rt)
+      for (int64_t half = 0; half < 2; ++half) dot_panel<kSlots>(a, rt, half, panel);
   }
 }
 

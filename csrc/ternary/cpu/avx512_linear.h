@@ -9,7 +9,10 @@
 
 namespace alignops::ternary::avx512 {
 
-inline constexpr int64_t kTileRows = 32, kTileBlocks = 16, kTileBytes = 320;
+// A tile is two halves of 32 rows, one after the other: a pass over the columns reads the weight in
+// one stream.
+inline constexpr int64_t kHalfRows = 32, kHalfBytes = 320;
+inline constexpr int64_t kTileRows = 64, kTileBlocks = 16, kTileBytes = 640;
 
 void pack(const uint8_t* idx, const uint8_t* sign, int64_t n, int64_t k, uint8_t* packed,
           int64_t begin, int64_t end);

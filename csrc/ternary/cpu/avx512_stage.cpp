@@ -30,8 +30,10 @@ void pack(const uint8_t* idx, const uint8_t* sign, int64_t n, int64_t k, uint8_t
   const int64_t bytes = ceil_div(ceil_div(k, 4), 8), tiles = ceil_div(bytes, 2);
   for (int64_t rt = begin; rt < end; ++rt)
     for (int64_t ct = 0; ct < tiles; ++ct) {
-      auto* w = reinterpret_cast<uint16_t*>(packed + (rt * tiles + ct) * kTileBytes);
+      uint8_t* tile = packed + (rt * tiles + ct) * kTileBytes;
       for (int64_t lane = 0; lane < kTileRows; ++lane) {
+        auto* w =
+            reinterpret_cast<uint16_t*>(tile + lane / kHalfRows * kHalfBytes) + lane % kHalfRows;
         const int64_t r = rt * kTileRows + lane, first = r * bytes + 2 * ct;
         const size_t count = 2 * ct + 2 <= bytes ? 2 : 1;
         RowBits bits;
@@ -41,9 +43,9 @@ void pack(const uint8_t* idx, const uint8_t* sign, int64_t n, int64_t k, uint8_t
         }
         const uint64_t last = bits.idx >> 60 | bits.sign >> 15 << 4;
         for (unsigned j = 0; j < 5; ++j)
-          w[j * kTileRows + lane] = static_cast<uint16_t>(_pdep_u64(bits.idx >> 12 * j, kIdxBits) |
-                                                          _pdep_u64(bits.sign >> 3 * j, kSignBits) |
-                                                          (last >> j & 1U) << 15);
+          w[j * kHalfRows] = static_cast<uint16_t>(_pdep_u64(bits.idx >> 12 * j, kIdxBits) |
+                                                   _pdep_u64(bits.sign >> 3 * j, kSignBits) |
+                                                   (last >> j & 1U) << 15);
       }
     }
 }
@@ -53,13 +55,15 @@ void unpack(const uint8_t* packed, int64_t n, int64_t k, uint8_t* idx, uint8_t* 
   const int64_t bytes = ceil_div(ceil_div(k, 4), 8), tiles = ceil_div(bytes, 2);
   for (int64_t rt = begin; rt < end; ++rt)
     for (int64_t ct = 0; ct < tiles; ++ct) {
-      const auto* w = reinterpret_cast<const uint16_t*>(packed + (rt * tiles + ct) * kTileBytes);
+      const uint8_t* tile = packed + (rt * tiles + ct) * kTileBytes;
       for (int64_t lane = 0; lane < kTileRows && rt * kTileRows + lane < n; ++lane) {
+        const auto* w = reinterpret_cast<const uint16_t*>(tile + lane / kHalfRows * kHalfBytes) +
+                        lane % kHalfRows;
         const int64_t first = (rt * kTileRows + lane) * bytes + 2 * ct;
         const size_t count = 2 * ct + 2 <= bytes ? 2 : 1;
         RowBits bits;
         for (unsigned j = 0; j < 5; ++j) {
-          const uint64_t word = w[j * kTileRows + lane];
+          const uint64_t word = w[j * kHalfRows];
           bits.idx |= _pext_u64(word, kIdxBits) << 12 * j;
           bits.sign |= static_cast<uint32_t>(_pext_u64(word, kSignBits)) << 3 * j;
           if (j < 4) {
