@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kMaxColumnsA16 = 87000, kMaxColumnsA8 = 22000000;
 
 // A thread gets at least this many lookups; below, waking it costs more than it saves.
-constexpr int64_t kGrainLookups = 64 * 1024;
+constexpr int64_t kGrainLookups = 256 * 1024;
 
 // Tables of a batch of tokens stay in a level-2 cache.
 constexpr int64_t kTableBytes = 512 * 1024;
