@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call of under eight minutes: builds alignops with CUDA beside the torch that is
+# installed (nothing is downloaded), runs the GPU tests and the tests of the ternary core, compute-sanitizer on a few
+# cases, and the GPU benchmark. Logs and the JSON of the benchmark go to ${OUT:-benchmarks/results}; a short table comes
+# last, and the exit status is 0 only if every stage passed. PYTHON names the interpreter that has torch.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${OUT:-benchmarks/results}
+mkdir -p "$out"
+command -v nvidia-smi >/dev/null || { echo "gpu_check: no GPU here (nvidia-smi is missing)" >&2; exit 1; }
+PATH="$PATH:/usr/local/cuda/bin"
+base=$(command -v "${PYTHON:-python3}")
+PATH="$(dirname "$base"):$PATH"
+
+rows=()
+status=0
+stage() { # stage NAME SECONDS COMMAND...
+  local name=$1 limit=$2 start=$SECONDS code result=passed
+  shift 2
+  echo "== $name"
+  timeout -k 5 "$limit" "$@" >"$out/$name.log" 2>&1
+  code=$?
+  if [ $code != 0 ]; then
+    result="FAILED ($code)"
+    status=1
+    tail -25 "$out/$name.log"
+  fi
+  rows+=("$(printf '%-14s %4d s  %-12s %s' "$name" $((SECONDS - start)) "$result" "$(tail -1 "$out/$name.log" | cut -c1-90)")")
+}
+
+# A virtual environment that sees the packages of `base`, itself perhaps one; alignops goes into it.
+venv=$PWD/build/gpu-venv
+"$base" -m venv "$venv" --without-pip
+"$base" -c 'import site; print("\n".join(site.getsitepackages()))' \
+  >"$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+python=$venv/bin/python
+
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d '. ')
+export ALIGNOPS_CUDA=1 ALIGNOPS_CUDA_ARCHS="$capability" CMAKE_BUILD_PARALLEL_LEVEL="$(nproc)"
+stage build 170 "$python" -m pip install --no-build-isolation --no-deps --force-reinstall -e .
+[ $status = 0 ] || exit 1
+stage info 60 "$python" -m alignops
+
+export PYTHONUNBUFFERED=1
+quick=(-q -p no:cacheprovider --maxfail=20)
+stage gpu-tests 170 "$python" -m pytest "${quick[@]}" tests/ternary/test_cuda.py tests/ternary/test_triton.py
+
+sanitized='
+import torch, alignops
+from alignops import ternary
+from alignops.ternary import ops
+for m, n, k, group, stride in ((1, 33, 100, None, 1), (8, 64, 576, 128, 1), (3, 40, 320, 64, 16), (9, 32, 2304, None, 1)):
+    w = torch.randn(n, k, device="cuda")
+    weight = ternary.quantize(w, group, stride)
+    weight.dequantize()
+    packed, scale, *rest, layout = weight.ready()
+    torch.ops.alignops.ternary_unpack(packed, n, k, layout)
+    q, q_scale = ternary.int8_quantize(w)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.randn(m, k + 1, device="cuda").to(dtype)
+        for act in (0, 1, 2):
+            for view in (x[:, :k], x[:, 1:], x[:, :k].contiguous()):
+                torch.ops.alignops.ternary_linear(view, packed, scale, None, *rest, act, layout)
+                torch.ops.alignops.ternary_int8_linear(view, q, q_scale, None, act)
+torch.cuda.synchronize()
+print("sanitized")
+'
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck; do
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" 75 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      --kernel-regex kns=alignops "$python" -c "$sanitized"
+  done
+fi
+
+stage benchmark 170 "$python" -m benchmarks.bench_ternary_cuda --out "$out" --seconds 110
+left=$((465 - SECONDS))
+workers=()
+"$python" -c "import xdist" 2>/dev/null && workers=(-n "$(nproc)")
+if [ "$left" -gt 20 ]; then
+  stage tests "$left" "$python" -m pytest "${quick[@]}" "${workers[@]}" tests/ternary tests/test_opcheck.py \
+    --ignore tests/ternary/test_cuda.py --ignore tests/ternary/test_triton.py
+fi
+
+[ -f "$out/benchmark.log" ] && tail -60 "$out/benchmark.log"
+printf '%s\n' "${rows[@]}"
+exit $status
