@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from alignops import ternary
 from alignops.ternary import ConvertReport, Int8Linear, TernaryLinear, TernaryWeight
-from alignops.ternary.convert import DEFAULT_EXCLUDE, fuse_siblings
+from alignops.ternary.convert import fuse_siblings
 
 METHOD = "alignops_ternary"
 FORMAT_VERSION = 1
@@ -57,7 +58,7 @@ class AlignopsTernaryConfig(QuantizationConfigMixin):
     def __init__(
         self,
         include: list[str] | str | None = None,
-        exclude: Iterable[str] | str = DEFAULT_EXCLUDE,
+        exclude: Iterable[str] | str = ("lm_head",),
         group: int | None = None,
         head: str | None = None,
         act: str = "auto",
@@ -73,7 +74,7 @@ class AlignopsTernaryConfig(QuantizationConfigMixin):
                 f"AlignopsTernaryConfig: format_version must be at most {FORMAT_VERSION}, got "
                 f"{format_version}: the model was saved by a newer alignops"
             )
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment]  # an enum of known methods
         self.format_version = format_version
         self.layers = layers
         self.fuse = fuse
@@ -132,6 +133,7 @@ class AlignopsTernaryQuantizer(HfQuantizer):
             fuse_siblings(model)
 
     def is_serializable(self) -> bool:
+        """`save_pretrained` works."""
         return True
 
     @property
@@ -141,6 +143,7 @@ class AlignopsTernaryQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
+        """`torch.compile` works."""
         return True
 
 
@@ -183,7 +186,7 @@ def attach(model: PreTrainedModel) -> AlignopsTernaryConfig:
             "attach: model must have converted layers, got none; see alignops.ternary.convert"
         )
     config = AlignopsTernaryConfig(fuse=fused, layers=list(entries.values()))
-    model.hf_quantizer = AlignopsTernaryQuantizer(config)
+    vars(model)["hf_quantizer"] = AlignopsTernaryQuantizer(config)
     model.config.quantization_config = config
     return config
 
@@ -208,8 +211,9 @@ def _replace(model: PreTrainedModel, name: str, entry: dict[str, Any]) -> None:
         raise ValueError(
             f"{METHOD}: {name} must be a linear layer of the model, got {type(old).__name__}"
         )
-    n, k = reversed(old.weight.shape) if conv else old.weight.shape
-    place: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype}
+    weight = old.get_parameter("weight")
+    k, n = weight.shape if conv else reversed(weight.shape)
+    place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     bias = old.bias is not None
     new: TernaryLinear | Int8Linear
     if entry["kind"] == "int8":
@@ -229,7 +233,8 @@ def _check_format(weight: TernaryWeight, name: str) -> None:
     found, expected = weight.format.tolist(), weight._format()
     if found != expected:
         raise ValueError(
-            f"{METHOD}: {name}.format must be (version, N, K, group, stride) = {expected}, got {found}"
+            f"{METHOD}: {name}.format must be (version, N, K, group, stride) = {expected}, "
+            f"got {found}"
         )
 
 
