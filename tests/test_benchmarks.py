@@ -1,0 +1,109 @@
+"""The measuring instruments: baselines compute what they claim, reports say what was measured."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import alignops
+from alignops import ternary, testing
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+
+
+@pytest.mark.skipif("avx2" not in testing.available_isas(), reason="the baseline is AVX2 code")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("row_tiles", [1, 2])
+def test_classic_lookup_equals_ours(row_tiles: int) -> None:
+    from benchmarks.classic import ClassicLookup
+
+    w = ternary.quantize(torch.randn(128, 512))
+    x = torch.randn(512)
+    y = torch.from_numpy(ClassicLookup(w.idx, w.sign, w.scale)(x.numpy(), row_tiles))
+    ours = alignops.ternary_linear(x, w, act="a8g")
+    # The same integers; scales are multiplied in another order.
+    torch.testing.assert_close(y, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_topk_reference_equals_ours() -> None:
+    from benchmarks.contestants import topk_fake_quant
+
+    w = torch.randn(32, 64, requires_grad=True)
+    lam, g = torch.tensor(0.25), torch.randn(32, 64)
+    theirs = topk_fake_quant(w, lam)
+    ours = ternary.ops.ternary_fake_quant(w, lam, 64, 1, torch.float32)
+    torch.testing.assert_close(theirs, ours)
+    torch.testing.assert_close(
+        torch.autograd.grad(theirs, w, g)[0], torch.autograd.grad(ours, w, g)[0]
+    )
+
+
+def test_decode_step_counts_its_bytes() -> None:
+    from benchmarks import contestants, shapes
+
+    model = shapes.Model(
+        "tiny",
+        2,
+        (
+            ("q", 64, 64),
+            ("k", 32, 64),
+            ("v", 32, 64),
+            ("o", 64, 64),
+            ("gate", 128, 64),
+            ("up", 128, 64),
+            ("down", 64, 128),
+        ),
+        (96, 64),
+    )
+    step = contestants.decode_step(model)
+    step.run()
+    scales = 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64)
+    assert step.weight_bytes == model.linear_weights * 5 // 32 + 4 * scales + 96 * 64 + 4 * 96
+
+
+def test_alternate_takes_medians() -> None:
+    from benchmarks import timing
+
+    calls: list[str] = []
+    runners = [timing.Runner(n, lambda n=n: calls.append(n), 1) for n in "ab"]
+    assert set(timing.alternate(runners, rounds=3, seconds_per_turn=0)) == {"a", "b"}
+    assert calls[:4] == ["a", "a", "b", "b"]  # a pass that is not timed, one to estimate
+    assert calls[4:] == ["a", "a", "b", "b", "b", "b", "a", "a", "a", "a", "b", "b"]
+
+
+def test_report_says_hit_and_missed() -> None:
+    from benchmarks import render
+
+    def bar(value: float, limit: float | None) -> dict[str, object]:
+        hit = limit is None or value >= limit
+        entry = {"what": "speed", "case": "c", "value": value, "bar": limit}
+        return {**entry, "unit": "x", "note": "", "hit": hit}
+
+    document = {"bars": [bar(3.0, 2.0), bar(1.0, 2.0), bar(9.0, None)]}
+    assert "| speed | 2 | 1 - 3 x | **missed in part**, 1 of 2 |" in render.summary(document)
+    assert "| speed | c | 1 x | 2 | **missed** |" in render.bars(document)
+    assert "| speed | c | 9 x |  |  |" in render.bars(document)
+
+
+def test_figures_go_between_their_marks() -> None:
+    from benchmarks import render
+
+    environment = {"cores": 2, "cpu": "a CPU", "date": "2026-01-01T00:00:00"}
+    case = f"{render.README_CASE}, 2 threads"
+    measured = [
+        {"case": case, "name": "alignops a8g", "seconds": 1e-4},
+        {"case": case, "name": "torch bf16", "seconds": 2e-3},
+    ]
+    document = {"environment": environment, "measurements": measured}
+    page = "top\n<!-- figures: old -->\nwrong\n<!-- end of figures -->\nbottom\n"
+    new = render.with_figures(page, document, "new")
+    assert new.startswith("top\n<!-- figures: new -->")
+    assert new.endswith("-->\nbottom\n")
+    assert "| torch bf16 | 2000 | 20.0 x |" in new
+    assert "wrong" not in new
