@@ -371,6 +371,12 @@ def stem(cpu: str) -> str:
     return f"{device}-{datetime.date.today().isoformat()}"
 
 
+def unused(folder: Path, name: str) -> Path:
+    """`folder/name`, or name-2, name-3 and so on: results are never overwritten."""
+    names = [name, *(f"{name}-{i}" for i in range(2, 1000))]
+    return next(folder / n for n in names if not (folder / f"{n}.json").exists())
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the report; returns the number of bars missed."""
     parser = argparse.ArgumentParser(prog="benchmarks.report", description=__doc__)
@@ -404,7 +410,7 @@ def main(arguments: list[str] | None = None) -> int:
         "measurements": [dataclasses.asdict(m) for m in report.measurements],
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    target = options.out / (stem(str(facts["cpu"])) + ("-quick" if options.quick else ""))
+    target = unused(options.out, stem(str(facts["cpu"])) + ("-quick" if options.quick else ""))
     target.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
     text = render.markdown(document, target.with_suffix(".png").name)
     target.with_suffix(".md").write_text(text)
