@@ -333,10 +333,15 @@ def test_compiled_decoder() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_decoder_of_a_dense_model_with_biases() -> None:
-    model = Qwen2ForCausalLM(Qwen2Config(**SIZES)).eval()
-    decoder = GreedyDecoder(model, max_length=32)
-    assert torch.equal(decoder.generate(PROMPT, 20), greedy(model, 20))
+def test_two_compiled_decoders() -> None:
+    """What the first leaves behind in Dynamo does not change the second."""
+    for max_length, config in ((24, {}), (32, {"hidden_size": 96})):
+        model = Qwen2ForCausalLM(Qwen2Config(**SIZES | config)).eval()
+        decoder = GreedyDecoder(model, max_length)
+        with torch._dynamo.config.patch(recompile_limit=1):
+            assert torch.equal(decoder.generate(PROMPT, 15), greedy(model, 15))
+            assert torch.equal(decoder.generate(PROMPT, 10), greedy(model, 10))
+        assert decoder._graph.again is not None
 
 
 def test_decoder_stops_after_the_last_token() -> None:
