@@ -108,10 +108,10 @@ def build(kernel, arch, types, constants, warps=4, stages=3):
 def linear(arch, x, act_groups, grouped, ternary_weight, config):
     weight = "*i32" if ternary_weight else "*i8"
     types = dict(x="*" + x, weight=weight, weight_scale="*fp32", y="*bf16")
-    numbers = ("m", "n", "k", "ldx", "ld_scale", "group", "groups", "column_tiles")
+    numbers = ("m", "n", "k", "ldx", "ld_scale", "group", "groups", "act_groups", "column_tiles")
     types |= {name: "i32" for name in numbers}
     constants = dict(bias=None, HAS_BIAS=False, TERNARY=ternary_weight, GROUPED=grouped)
-    constants |= dict(ACT_GROUPS=act_groups, DOT=tl.bfloat16)
+    constants |= dict(INT8=act_groups > 0, DOT=tl.bfloat16)
     if act_groups:
         types["act_scale"] = "*fp32"
     else:

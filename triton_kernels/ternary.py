@@ -62,18 +62,18 @@ def _upper(x):
     return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+# A compilation per kind of product, not per shape: only n, k and ldx decide about vector accesses.
+@triton.jit(do_not_specialize=["m", "ld_scale", "group", "groups", "act_groups", "column_tiles"])
 def linear_kernel(
     x, weight, weight_scale, act_scale, bias, y,
-    m, n, k, ldx, ld_scale, group, groups, column_tiles,
-    TERNARY: tl.constexpr, GROUPED: tl.constexpr, ACT_GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    m, n, k, ldx, ld_scale, group, groups, act_groups, column_tiles,
+    TERNARY: tl.constexpr, GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr, INT8: tl.constexpr,
     DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Computes x W^T; x (m, k) is int8 with act_scale (m, ACT_GROUPS), or float (0 groups)."""
+    """Computes x W^T; x (m, k) is int8 with act_scale (m, act_groups), or float."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     tokens = tl.program_id(1) * BM + tl.arange(0, BM)
     row_inside, token_inside = rows < n, tokens < m
-    INT8: tl.constexpr = ACT_GROUPS > 0
     SUM: tl.constexpr = tl.int32 if INT8 else tl.float32
     total = tl.zeros((BN, BM), tl.float32)
     acc = tl.zeros((BN, BM), SUM)
@@ -103,7 +103,7 @@ def linear_kernel(
             g = tl.minimum(first // group, groups - 1)
             scale = tl.load(weight_scale + g * ld_scale + rows, mask=row_inside, other=0.0)[:, None]
             if INT8:
-                at = act_scale + tokens * ACT_GROUPS + (first // 256 if ACT_GROUPS > 1 else 0)
+                at = act_scale + tokens * act_groups + tl.minimum(first // 256, act_groups - 1)
                 scale = scale * tl.load(at, mask=token_inside, other=0.0)[None, :]
             total += acc.to(tl.float32) * scale
             acc = tl.zeros((BN, BM), SUM)
@@ -310,8 +310,8 @@ def _matmul(
             linear_kernel[grid](
                 tokens, weight, weight_scale, act_scale, bias, y,
                 m, n, k, tokens.stride(0), weight_scale.stride(0), group, groups,
-                triton.cdiv(k, 128), TERNARY=ternary,
-                GROUPED=groups > 1 or act_groups > 1, ACT_GROUPS=act_groups,
+                act_groups, triton.cdiv(k, 128),
+                TERNARY=ternary, GROUPED=groups > 1 or act_groups > 1, INT8=act_groups > 0,
                 HAS_BIAS=bias is not None, DOT=dot, BM=c["BM"], BN=c["BN"], BK=min(c["BK"], limit),
                 num_warps=c["num_warps"], num_stages=c["num_stages"], enable_fp_fusion=False,
             )  # fmt: skip
