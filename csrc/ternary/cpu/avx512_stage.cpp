@@ -57,13 +57,14 @@ void unpack(const uint8_t* packed, int64_t n, int64_t k, uint8_t* idx, uint8_t* 
     for (int64_t ct = 0; ct < tiles; ++ct) {
       const uint8_t* tile = packed + (rt * tiles + ct) * kTileBytes;
       for (int64_t lane = 0; lane < kTileRows && rt * kTileRows + lane < n; ++lane) {
-        const auto* w = reinterpret_cast<const uint16_t*>(tile + lane / kHalfRows * kHalfBytes) +
-                        lane % kHalfRows;
+        const uint8_t* w = tile + lane / kHalfRows * kHalfBytes + 2 * (lane % kHalfRows);
         const int64_t first = (rt * kTileRows + lane) * bytes + 2 * ct;
         const size_t count = 2 * ct + 2 <= bytes ? 2 : 1;
         RowBits bits;
         for (unsigned j = 0; j < 5; ++j) {
-          const uint64_t word = w[j * kHalfRows];
+          uint16_t half;  // at any address
+          __builtin_memcpy(&half, w + 2 * j * kHalfRows, sizeof half);
+          const uint64_t word = half;
           bits.idx |= _pext_u64(word, kIdxBits) << 12 * j;
           bits.sign |= static_cast<uint32_t>(_pext_u64(word, kSignBits)) << 3 * j;
           if (j < 4) {
