@@ -42,7 +42,9 @@ __device__ __forceinline__ void store(void* p, DType dtype, int64_t i, float v) 
 __device__ __forceinline__ uint32_t table_word(const uint32_t* table, uint32_t offsets, int i) {
   const auto base = static_cast<uint32_t>(__cvta_generic_to_shared(table));
   uint32_t word;
-  asm("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(__byte_perm(offsets, base, 0x7650 + i)));
+  asm volatile("ld.shared.u32 %0, [%1];"
+               : "=r"(word)
+               : "r"(__byte_perm(offsets, base, 0x7650 + i)));
   return word;
 }
 
