@@ -36,6 +36,7 @@ Runs = dict[str, list[dict[str, Any]]]
 VARIANTS = {
     "learning rate 1.5e-3": (Setting(learning_rate=1.5e-3), CONFIGURATIONS),
     "lambda 0 from half of the steps on": (Setting(residual_share=0.5), ("3:4 + Arenas",)),
+    "lambda at most 0.25": (Setting(residual_peak=0.25), ("3:4 + Arenas",)),
 }
 
 STYLE = {

@@ -190,7 +190,7 @@ def test_configurations_share_their_start():
     for configuration in _ablation.CONFIGURATIONS:
         torch.manual_seed(3)
         model = _ablation.SmallLM(setting)
-        _ablation._prepare(model, configuration, 10)
+        _ablation._prepare(model, configuration, setting)
         starts.append(model.state_dict())
     for state in starts[1:]:
         assert state.keys() == starts[0].keys()

@@ -42,6 +42,7 @@ class Setting:
     warmup: int = 50
     learning_rate: float = 6e-4
     residual_share: float = 1.0  # of the steps, after which lambda is 0
+    residual_peak: float = 1.0  # largest lambda
     evaluate_every: int = 100
     evaluate_windows: int = 128
     measure_every: int = 50
@@ -115,12 +116,13 @@ class BinaryLinear(nn.Linear):
         return F.linear(x, weight, self.bias)
 
 
-def _prepare(model: SmallLM, configuration: str, steps: int) -> ArenasSchedule | None:
-    """Swaps the linear layers of the blocks in place; `steps` with the residual; None for dense."""
+def _prepare(model: SmallLM, configuration: str, setting: Setting) -> ArenasSchedule | None:
+    """Swaps the linear layers of the blocks in place; the schedule of lambda, None for dense."""
     if configuration == "dense":
         return None
     bits, _, residual = configuration.partition(" ")
-    schedule = ArenasSchedule(steps, max_lambda=0.0 if residual == "direct" else 1.0)
+    peak = 0.0 if residual == "direct" else setting.residual_peak
+    schedule = ArenasSchedule(round(setting.residual_share * setting.steps), max_lambda=peak)
     if bits == "3:4":
         prepare_arenas(model, schedule)
     else:
@@ -231,7 +233,7 @@ def train(
     started = time.perf_counter()
     torch.manual_seed(seed)
     model = SmallLM(setting)
-    schedule = _prepare(model, configuration, round(setting.residual_share * setting.steps))
+    schedule = _prepare(model, configuration, setting)
     weights: dict[str, Tensor] = {
         name: module.weight
         for name, module in model.blocks.named_modules()
