@@ -33,7 +33,7 @@ PACKAGES = ("stdlib", "torch", "numpy", "sympy", "networkx")
 class Setting:
     """What a checkpoint has to agree on."""
 
-    context: int = 256
+    context: int = 128
     batch: int = 4
     learning_rate: float = 1e-3
     warmup_share: float = 0.05
