@@ -225,8 +225,6 @@ def _linear() -> Iterator[tuple[Any, ...]]:
         x, bias = make_x(s), make_bias(s)
         for act in (0, 1 + i % 3):
             yield x, packed, scale, bias, *rest, act, layout
-        grad_bias = torch.randn(s.n, requires_grad=True)
-        yield x.clone().requires_grad_(), packed, scale, grad_bias, *rest, 0, layout
     packed, scale, *rest, layout = _pack(Shape(8, 12))
     for x in (
         torch.randn(12),
@@ -297,8 +295,6 @@ def _int8_linear() -> Iterator[tuple[Any, ...]]:
         x, bias = make_x(s), make_bias(s)
         for act in (0, 1 + i % 3):
             yield x, weight, scale, bias, act
-        grad_bias = torch.randn(s.n, requires_grad=True)
-        yield x.clone().requires_grad_(), weight, scale, grad_bias, 0
     yield torch.randn(2, 3, 12)[..., 1:], *ternary.int8_quantize(torch.randn(4, 11)), None, 2
 
 

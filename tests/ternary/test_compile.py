@@ -43,8 +43,10 @@ class Compiled:
         return self.counter.frame_count
 
     def calls(self, op: str, graph: int = -1) -> int:
-        nodes = self.counter.graphs[graph].graph.nodes
-        return sum(op in str(node.target) for node in nodes)
+        """Nodes of the graph and of the graphs inside it that call `op`."""
+        modules = self.counter.graphs[graph].modules()
+        graphs = [m.graph for m in modules if isinstance(m, torch.fx.GraphModule)]
+        return sum(op in str(node.target) for g in graphs for node in g.nodes)
 
 
 @pytest.mark.parametrize("act", ["auto", "none", "a8", "a8g", "a16"])
