@@ -330,9 +330,10 @@ def ternary_linear(x: Tensor, weight: Any, bias: Any = None, act: str = "auto") 
     record = torch.is_grad_enabled()
     if act == "auto":
         code = 0 if (record and x.requires_grad) or layout == CUDA_LAYOUT else auto
-    else:
-        check_act(act, "ternary_linear")
+    elif act in ACTS:
         code = ACTS[act]
+    else:
+        raise _act_error(act, "ternary_linear")
     if layout == CUDA_LAYOUT and x.numel() > CUDA_TOKENS * k:
         return _op.ternary_linear_triton(x, packed, scale, bias, n, k, group, stride, code, layout)
     if record and (x.requires_grad or (bias is not None and bias.requires_grad)):
@@ -389,9 +390,14 @@ def _check_types(x: Any, weights: Sequence[Any], op: str) -> None:
             raise TypeError(f"{op}: weight must be a TernaryWeight or a list of them, got {got}")
 
 
+def _act_error(act: object, op: str) -> ValueError:
+    return ValueError(f"{op}: act must be one of auto, {', '.join(ACTS)}, got {act!r}")
+
+
 def check_act(act: str, op: str) -> None:
     """ValueError unless act names a mode."""
-    _check(act in ("auto", *ACTS), f"{op}: act must be one of auto, {', '.join(ACTS)}, got {act!r}")
+    if act != "auto" and act not in ACTS:
+        raise _act_error(act, op)
 
 
 @torch.library.register_fake("alignops::ternary_linear")
@@ -501,9 +507,10 @@ def int8_linear(
     if act == "auto":
         differentiable = torch.is_grad_enabled() and x.requires_grad
         code = 0 if differentiable or x.is_cuda else _AUTO[x.dtype]
-    else:
-        check_act(act, "int8_linear")
+    elif act in ACTS:
         code = ACTS[act]
+    else:
+        raise _act_error(act, "int8_linear")
     result: Tensor
     if x.is_cuda and x.numel() > CUDA_TOKENS * weight.shape[-1]:
         result = _op.ternary_int8_linear_triton(x, weight, scale, bias, code)
