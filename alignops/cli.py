@@ -49,6 +49,20 @@ def convert(
     AutoTokenizer.from_pretrained(model).save_pretrained(target)
 
 
+@demo.command("ternary")
+def demo_ternary(
+    threads: Annotated[list[int] | None, typer.Option(help="Default: 1 and 2.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate per measurement.")] = 32,
+    compile: Annotated[str, typer.Option(help="Compiled decoder: best, all or none.")] = "best",
+    text_tokens: Annotated[int, typer.Option(help="Tokens to measure perplexity on.")] = 2048,
+    json: Annotated[Path | None, typer.Option(help="File for the figures.")] = None,
+) -> None:
+    """Convert SmolLM2-135M to 1.25 bits; print sizes, speeds and what it does to quality."""
+    from alignops.demo import ternary
+
+    ternary.run(threads, tokens, compile, text_tokens, json)
+
+
 @demo.command("arenas")
 def demo_arenas(
     minutes: Annotated[float, typer.Option(help="How long to train, about.")] = 8.0,

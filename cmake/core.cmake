@@ -92,6 +92,7 @@ function(alignops_add_cuda_test name)
   target_link_libraries(${name}_cuda_test PRIVATE alignops_${name} alignops_common)
   alignops_configure(${name}_cuda_test)
   target_compile_options(${name}_cuda_test PRIVATE -Wno-unknown-pragmas)
+  add_test(NAME ${name}_cuda COMMAND ${name}_cuda_test)
 endfunction()
 
 # The one Python module, alignops._C: bindings plus the objects of every core.

@@ -15,12 +15,12 @@ constexpr Segment kWholeRow[] = {{0, kBlocks, 0, 0}};
 constexpr int64_t kTokens[] = {1, 2, 40};
 constexpr Act kActs[] = {Act::kNone, Act::kA8, Act::kA16};
 
-// Numbers in [-1, 1) from a linear congruential generator; every 16th is zero, so that ties occur.
+// Numbers in [-1, 1) from a linear congruential generator; every 17th is zero, so that ties occur.
 std::vector<float> numbers(int64_t count, uint32_t seed) {
   std::vector<float> out;
   for (int64_t i = 0; i < count; ++i) {
     seed = seed * 1664525u + 1013904223u;
-    out.push_back(i % 16 == 5 ? 0.0f : static_cast<float>(seed >> 8) * 0x1p-23f - 1.0f);
+    out.push_back(i % 17 == 5 ? 0.0f : static_cast<float>(seed >> 8) * 0x1p-23f - 1.0f);
   }
   return out;
 }

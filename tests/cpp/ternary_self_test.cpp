@@ -106,10 +106,10 @@ const test::Register linear("self-test notices wrong products", [] {
       },
       "lookup_f32");
 #if defined(__x86_64__)
-  if (!isa_supported(Isa::kAvx2)) return;
-  LinearKernels dot = kLinearAvx2;
+  if (!isa_supported(Isa::kAvx512)) return;
+  LinearKernels dot = kLinearAvx512;
   dot.dot = [](const LinearArgs& a, int64_t begin, int64_t end) {
-    kLinearAvx2.dot(a, begin, end);
+    kLinearAvx512.dot(a, begin, end);
     add_one(a);
   };
   expect(!agrees_with_scalar(dot), "dot");
