@@ -8,8 +8,8 @@
 // blocks in lane order.
 //
 // Integer modes are exact: I = sum T q is the same number on every ISA, and outputs are formed as
-//   acc = 0; for segments in order: acc = fma(float(I_seg), act_scale * weight_scale, acc); y =
-//   cast(acc + bias).
+//   acc = 0; for segments in order: acc = fma(float(I_seg), act_scale * weight_scale, acc);
+//   y = cast(acc + bias).
 // The lossless mode sums table entries ((+-x_a) + (+-x_b)) + (+-x_c), lanes ascending, block after
 // block in float32, and applies acc = fma(sum_seg, weight_scale, acc): the same order on every ISA
 // and for every batch size.
@@ -25,20 +25,22 @@ namespace alignops::ternary {
 enum class Act : int32_t { kNone = 0, kA8 = 1, kA8G = 2, kA16 = 3 };
 
 // Kernel layouts; each holds exactly 5 bytes per 32 weights, rows and columns padded to the tile.
-// kPlanes: row-major, per row the idx bytes (B8/2) followed by the sign bytes (B8/8), B8 = B
-// rounded up to 8. kT2P: tiles of 32 rows x 32 columns for byte shuffles.  kT5W: tiles of 64 rows x
-// 64 columns for 16-bit permutes. kCuda: tiles of 32 rows x 128 columns for the GPU kernels, see
-// cuda/layout.h.
+//   kPlanes: row-major; per row the idx bytes (B8/2), then the sign bytes (B8/8);
+//     B8 = B rounded up to 8
+//   kT2P: tiles of 32 rows x 32 columns for byte shuffles
+//   kT5W: tiles of 64 rows x 64 columns for 16-bit permutes
+//   kCuda: tiles of 32 rows x 128 columns for the GPU kernels, see cuda/layout.h
 enum class Layout : int32_t { kPlanes = 0, kT2P = 1, kT5W = 2, kCuda = 3 };
 
-inline constexpr int64_t kActGroupColumns =
-    256;                                     // columns that share one activation scale in mode a8g
-inline constexpr int64_t kFlushBlocks = 64;  // int16 partial sums are widened at least this often
+// Columns that share one activation scale in mode a8g.
+inline constexpr int64_t kActGroupColumns = 256;
+// int16 partial sums are widened at least this often.
+inline constexpr int64_t kFlushBlocks = 64;
 
 static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Quantization of weights (rows are independent: kernels take a row range).
 
 struct QuantizeArgs {
@@ -79,7 +81,7 @@ struct QuantizeKernels {
   void (*dequantize)(const DequantizeArgs&, int64_t row_begin, int64_t row_end);
 };
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // y = x W^T + b with packed ternary W.
 
 // A run of blocks with one activation scale and one weight scale. Segments are adjacent, cover all
@@ -133,10 +135,9 @@ struct LinearArgs {
 struct LinearKernels {
   Layout layout;
   int64_t tile_rows, tile_blocks;
-  int64_t lookup_slots;  // integer modes: lookup tables up to this many slots, decode + dot product
-                         // beyond
-  int64_t panel;         // slots per panel of the dot kernel
-  int64_t table_bytes;   // of one block, integer tables
+  int64_t lookup_slots;     // integer modes: lookup up to this many slots, `dot` beyond
+  int64_t panel;            // slots per panel of the dot kernel
+  int64_t table_bytes;      // of one block, integer tables
   int64_t table_bytes_f32;  // of one block, float32 tables
   // Canonical planes to and from the layout, row tiles [begin, end). Rows beyond n are code 0.
   void (*pack)(const uint8_t* idx, const uint8_t* sign, int64_t n, int64_t k, uint8_t* packed,
@@ -151,7 +152,7 @@ struct LinearKernels {
   void (*dot)(const LinearArgs&, int64_t tile_begin, int64_t tile_end);
 };
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Dense int8 head: y = x (scale * Q)^T + b, Q int8 per row.
 
 struct Int8QuantizeArgs {
