@@ -239,11 +239,14 @@ class TernaryWeight(nn.Module):
         scale = nn.functional.pad(scale, (0, -n % ops.ROW_PAD)).contiguous()
         return packed, scale, n, k, self.group, self.stride, layout
 
-    def _changed(self, release: bool = False) -> None:
-        """The planes are new: pack them now on the CPU, later elsewhere."""
+    def _forget_pack(self) -> None:
         self._pack = None
         if self._fusion is not None:
             self._fusion.weight = None
+
+    def _changed(self, release: bool = False) -> None:
+        """The planes are new: pack them now on the CPU, later elsewhere."""
+        self._forget_pack()
         if len(self.shape) == 2 and self.scale.device.type == "cpu":
             self.prepack(release)
 
@@ -252,7 +255,7 @@ class TernaryWeight(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in ("idx", "sign", "scale"):
-            self._pack = None
+            self._forget_pack()
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

@@ -369,6 +369,14 @@ def test_siblings_notice_changes_of_weights_and_modes() -> None:
         layers[1].load_state_dict(other[1].state_dict())
         assert torch.equal(layers[1](x), alone(layers, x)[1])
         layers[0](x)
+        for name in ("idx", "sign", "scale"):
+            setattr(layers[2].weight, name, getattr(other[2].weight, name).clone())
+        expected = alignops.ternary_linear(x, other[2].weight, layers[2].bias)
+        for _ in range(2):  # each on its own, then together again
+            layers[0](x)
+            assert torch.equal(layers[2](x), expected)
+        assert layers[0]._siblings.weight() is not None
+        layers[0](x)
         layers[2].weight = other[2].weight
         assert torch.equal(layers[2](x), alone(layers, x)[2])
         layers[0](x)
