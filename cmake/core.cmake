@@ -18,9 +18,17 @@ endif()
 
 # Instruction sets are flags of single files, never of a target: everything else runs on any x86-64.
 set(ALIGNOPS_AVX2_FLAGS -mavx2 -mfma -mf16c -mbmi2)
-set(ALIGNOPS_AVX512_FLAGS ${ALIGNOPS_AVX2_FLAGS} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512vbmi)
+set(ALIGNOPS_AVX512_FLAGS
+    ${ALIGNOPS_AVX2_FLAGS}
+    -mavx512f
+    -mavx512bw
+    -mavx512dq
+    -mavx512vl
+    -mavx512vnni
+    -mavx512vbmi)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
-  # GCC 12 takes the intrinsics' own "undefined" registers for a mistake of the caller (GCC bug 105593).
+  # GCC 12 takes the intrinsics' own "undefined" registers for a mistake of the caller (GCC bug
+  # 105593).
   list(APPEND ALIGNOPS_AVX512_FLAGS -Wno-uninitialized -Wno-maybe-uninitialized)
 endif()
 
@@ -41,8 +49,8 @@ endfunction()
 
 # alignops_add_core(<name> KERNELS <file>... OPS <file>... [OPS_CUDA <file>...] [CUDA <file>...]
 #                   [TESTS <file>...] [CUDA_TESTS <file>...])
-# Paths are relative to csrc/<name>, those of TESTS to the root. KERNELS may use neither torch nor Python; a file
-# cpu/<isa>_*.cpp is compiled for that instruction set.
+# Paths are relative to csrc/<name>, those of TESTS to the root. KERNELS may use neither torch nor
+# Python; a file cpu/<isa>_*.cpp is compiled for that instruction set.
 function(alignops_add_core name)
   cmake_parse_arguments(PARSE_ARGV 1 core "" "" "KERNELS;OPS;OPS_CUDA;CUDA;TESTS;CUDA_TESTS")
   foreach(kind KERNELS OPS OPS_CUDA CUDA)
@@ -81,9 +89,14 @@ function(alignops_add_core name)
   endif()
 endfunction()
 
-# CUDA kernels as host code: the tests include the .cu files. Needs CUDA's headers, but no CUDA compiler and no GPU.
+# CUDA kernels as host code: the tests include the .cu files. Needs CUDA's headers, but no CUDA
+# compiler and no GPU.
 function(alignops_add_cuda_test name)
-  find_path(ALIGNOPS_CUDA_INCLUDE cuda_runtime_api.h HINTS ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES include)
+  find_path(
+    ALIGNOPS_CUDA_INCLUDE cuda_runtime_api.h
+    HINTS ENV CUDA_PATH
+    PATHS /usr/local/cuda
+    PATH_SUFFIXES include)
   if(NOT ARGN OR NOT ALIGNOPS_CUDA_INCLUDE)
     return()
   endif()

@@ -1,4 +1,5 @@
-# Decides whether the CUDA library is built, and collects it: alignops/_cuda.so holds the CUDA kernels of every core.
+# Decides whether the CUDA library is built, and collects it: alignops/_cuda.so holds the CUDA
+# kernels of every core.
 
 set(ALIGNOPS_BUILD_CUDA OFF)
 if(ALIGNOPS_CUDA)
@@ -11,12 +12,15 @@ if(ALIGNOPS_CUDA)
   elseif(CMAKE_CUDA_COMPILER)
     set(ALIGNOPS_BUILD_CUDA ON)
   else()
-    message(FATAL_ERROR "ALIGNOPS_CUDA=${ALIGNOPS_CUDA}, but no CUDA compiler was found: set CUDACXX to nvcc")
+    message(
+      FATAL_ERROR "ALIGNOPS_CUDA=${ALIGNOPS_CUDA}, but no CUDA compiler was found: set CUDACXX to nvcc"
+    )
   endif()
 endif()
 
 if(ALIGNOPS_BUILD_CUDA)
-  # Explicit, since CMake's default is one old architecture and "native" needs a GPU in the building machine.
+  # Explicit, since CMake's default is one old architecture and "native" needs a GPU in the building
+  # machine.
   list(TRANSFORM ALIGNOPS_CUDA_ARCHS APPEND -real OUTPUT_VARIABLE CMAKE_CUDA_ARCHITECTURES)
   list(GET ALIGNOPS_CUDA_ARCHS -1 newest)
   list(APPEND CMAKE_CUDA_ARCHITECTURES ${newest}-virtual)

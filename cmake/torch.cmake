@@ -1,5 +1,5 @@
-# The target alignops_torch: headers of torch's stable ABI and libtorch_cpu.so, without torch's own CMake package, which
-# brings flags, RPATHs and CUDA with it.
+# The target alignops_torch: headers of torch's stable ABI and libtorch_cpu.so, without torch's own
+# CMake package, which brings flags, RPATHs and CUDA with it.
 
 if(NOT EXISTS "${ALIGNOPS_TORCH_ROOT}/include/torch/csrc/stable/library.h")
   message(FATAL_ERROR "no torch >= ${ALIGNOPS_TORCH_FLOOR} in ALIGNOPS_TORCH_ROOT='${ALIGNOPS_TORCH_ROOT}'")
