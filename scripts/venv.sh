@@ -11,9 +11,8 @@ fi
 export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
-# The CPU build is far smaller. It comes from a configured index or, by default, from PyTorch's own.
+# The CPU build, where an index or a folder of wheels that pip knows of has it: it is far smaller.
 torch=2.13.0
 if ! python -c "import torch; assert torch.__version__.split('+')[0] == '$torch'" 2>/dev/null; then
-  pip install -q "torch==$torch+cpu" 2>/dev/null ||
-    pip install -q "torch==$torch" --index-url https://download.pytorch.org/whl/cpu
+  pip install -q "torch==$torch+cpu" 2>/dev/null || pip install -q "torch==$torch"
 fi
