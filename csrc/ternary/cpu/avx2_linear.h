@@ -4,7 +4,6 @@
 
 #include <cstdint>
 
-#include "ternary/cpu/codes.h"
 #include "ternary/kernels.h"
 
 namespace alignops::ternary::avx2 {

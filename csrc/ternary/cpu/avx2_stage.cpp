@@ -6,6 +6,7 @@
 
 #include "avx2_linear.h"
 #include "common/simd_avx2.h"
+#include "ternary/cpu/codes.h"
 
 namespace alignops::ternary::avx2 {
 
@@ -48,32 +49,6 @@ void unpack(const uint8_t* packed, int64_t n, int64_t k, uint8_t* idx, uint8_t* 
 // --- tables
 
 namespace {
-
-struct Int16Lanes {
-  alignas(32) int16_t v[4][16];
-};
-constexpr Int16Lanes make_int16_lanes() {
-  Int16Lanes t{};
-  for (int p = 0; p < 4; ++p)
-    for (uint32_t c = 0; c < 16; ++c) t.v[p][c] = static_cast<int16_t>(lane_of(c, p));
-  return t;
-}
-constexpr Int16Lanes kInt16Lanes = make_int16_lanes();
-
-struct FloatLanes {
-  alignas(32) uint32_t keep[4][16];  // all ones where the lane is kept
-  alignas(32) uint32_t flip[4][16];  // sign bit where it is -1
-};
-constexpr FloatLanes make_float_lanes() {
-  FloatLanes t{};
-  for (int p = 0; p < 4; ++p)
-    for (uint32_t c = 0; c < 16; ++c) {
-      t.keep[p][c] = lane_of(c, p) != 0 ? 0xFFFFFFFFU : 0;
-      t.flip[p][c] = lane_of(c, p) < 0 ? 0x80000000U : 0;
-    }
-  return t;
-}
-constexpr FloatLanes kFloatLanes = make_float_lanes();
 
 __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }

@@ -18,6 +18,7 @@
 
 #include "avx512_linear.h"
 #include "common/simd_avx512.h"
+#include "ternary/cpu/codes.h"
 
 namespace alignops::ternary {
 

@@ -8,8 +8,10 @@
 #include <cstdint>
 
 #include "common/simd_avx512.h"
+#include "ternary/cpu/codes.h"
 
 namespace alignops::ternary::avx512 {
+
 // --- packing
 
 namespace {
@@ -81,21 +83,6 @@ void unpack(const uint8_t* packed, int64_t n, int64_t k, uint8_t* idx, uint8_t* 
 
 // --- tables
 
-namespace {
-
-struct Int16Lanes {
-  alignas(64) int16_t v[4][32];
-};
-constexpr Int16Lanes make_int16_lanes() {
-  Int16Lanes t{};
-  for (int p = 0; p < 4; ++p)
-    for (uint32_t c = 0; c < 32; ++c) t.v[p][c] = static_cast<int16_t>(lane_of(c, p));
-  return t;
-}
-constexpr Int16Lanes kInt16Lanes = make_int16_lanes();
-
-}  // namespace
-
 void tables(const int8_t* q, int64_t blocks, uint8_t* out) {
   __m512i lane[4];
   for (int p = 0; p < 4; ++p) lane[p] = _mm512_load_si512(kInt16Lanes.v[p]);
@@ -108,27 +95,8 @@ void tables(const int8_t* q, int64_t blocks, uint8_t* out) {
   }
 }
 
-namespace {
-
-struct FloatLanes {
-  alignas(64) uint32_t keep[4][16];  // all ones where the lane is kept
-  alignas(64) uint32_t flip[4][16];  // sign bit where it is -1
-};
-constexpr FloatLanes make_float_lanes() {
-  FloatLanes t{};
-  for (int p = 0; p < 4; ++p)
-    for (uint32_t c = 0; c < 16; ++c) {
-      t.keep[p][c] = lane_of(c, p) != 0 ? 0xFFFFFFFFU : 0;
-      t.flip[p][c] = lane_of(c, p) < 0 ? 0x80000000U : 0;
-    }
-  return t;
-}
-constexpr FloatLanes kFloatLanes = make_float_lanes();
-
 // Lanes are added in order; a zeroed lane adds +0, so that it hides Inf and NaN. Codes 16..31 are
 // the negated 0..15.
-}  // namespace
-
 void tables_f32(const float* f, int64_t blocks, uint8_t* out) {
   __m512i keep[4], flip[4];
   for (int p = 0; p < 4; ++p) {
@@ -149,9 +117,9 @@ void tables_f32(const float* f, int64_t blocks, uint8_t* out) {
   }
 }
 
-namespace {
-
 // --- activations
+
+namespace {
 
 // Columns 64c .. 64c+63 of a token as four vectors; vector i, element e is column 64c + 16i + e.
 void load64(const StageArgs& a, int64_t t, int64_t c, __m512 v[4]) {
