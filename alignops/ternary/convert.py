@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from alignops.ternary import ops
+from alignops.ternary import checks
 from alignops.ternary.layers import Int8Linear, Siblings, TernaryLinear
 from alignops.ternary.select import (
     DEFAULT_EXCLUDE,
@@ -132,7 +132,7 @@ def convert(
           (weight): TernaryWeight((64, 64))
         )
     """
-    ops.check_act(act, "convert")
+    checks.check_act(act, "convert")
     if head not in (None, "int8"):
         raise ValueError(f'convert: head must be None or "int8", got {head!r}')
     if isinstance(model, nn.Linear):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignops.ternary import ops
+from alignops.ternary import checks, ops
 from alignops.ternary.weight import TernaryWeight, quantize
 
 
@@ -63,7 +63,7 @@ class TernaryLinear(nn.Module):
 
     def _init(self, weight: TernaryWeight, bias: nn.Parameter | None, act: str) -> None:
         nn.Module.__init__(self)
-        ops.check_act(act, "TernaryLinear")
+        checks.check_act(act, "TernaryLinear")
         self.out_features, self.in_features = weight.shape
         self.act = act
         self.weight = weight
@@ -210,7 +210,7 @@ class Int8Linear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        ops.check_act(act, "Int8Linear")
+        checks.check_act(act, "Int8Linear")
         self.in_features, self.out_features, self.act = in_features, out_features, act
         weight = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
         self.register_buffer("weight", weight)

@@ -21,18 +21,11 @@ import torch
 from torch import Tensor
 
 from alignops import _native
+from alignops.ternary import checks
 
 if TYPE_CHECKING:
     from alignops.ternary.weight import TernaryWeight
 
-#: Code of each activation mode; "auto" is one of them, see `ternary_linear`.
-ACTS = {"none": 0, "a8": 1, "a8g": 2, "a16": 3}
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Rows of a packed scale are padded to a multiple of this.
-ROW_PAD = 64
-# Widest K whose sums fit int32, by code of the mode.
-_MAX_COLUMNS = {1: 22_000_000, 2: 22_000_000, 3: 87_000}
-_INT8_MAX_COLUMNS = 131_072
 
 #: On a GPU, the C++ kernels take up to this many tokens, and the Triton kernels more than that.
 CUDA_TOKENS = (
@@ -44,84 +37,6 @@ CUDA_TOKENS = (
 )
 
 _op = torch.ops.alignops
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Like "float32"."""
-    return str(dtype).removeprefix("torch.")
-
-
-def _check(condition: bool, text: str) -> None:
-    if not condition:
-        raise ValueError(text)
-
-
-def _float_dtype(dtype: torch.dtype, op: str, argument: str) -> None:
-    _check(
-        dtype in FLOAT_DTYPES,
-        f"{op}: {argument} must be float32, bfloat16 or float16, got {dtype_name(dtype)}",
-    )
-
-
-def _layout(t: Tensor, dtype: torch.dtype, shape: tuple[int, ...], op: str, argument: str) -> None:
-    _check(
-        t.dtype == dtype, f"{op}: {argument} must be {dtype_name(dtype)}, got {dtype_name(t.dtype)}"
-    )
-    _check(
-        t.dim() == len(shape) and all(a == b for a, b in zip(t.shape, shape, strict=True)),
-        f"{op}: {argument} must have shape {shape}, got {tuple(t.shape)}",
-    )
-    _check(t.is_contiguous(), f"{op}: {argument} must be contiguous, got strides {t.stride()}")
-
-
-def _matrix(w: Tensor, op: str) -> tuple[int, int]:
-    _check(w.dim() == 2, f"{op}: w must have shape (n, k), got {tuple(w.shape)}")
-    _float_dtype(w.dtype, op, "w")
-    return w.shape[0], w.shape[1]
-
-
-def check_group(k: int, group: int, stride: int, op: str) -> None:
-    """ValueError unless K columns can have these scale groups and this stride."""
-    _check(stride in (1, 16), f"{op}: stride must be 1 or 16, got {stride}")
-    _check(stride == 1 or k % 64 == 0, f"{op}: k must be a multiple of 64 for stride 16, got {k}")
-    unit = 32 if stride == 1 else 64
-    _check(
-        group == k or (0 < group < k and group % unit == 0),
-        f"{op}: group must be a multiple of {unit} below k={k}, or k, got {group}",
-    )
-
-
-def _act(act: int, op: str, x: Tensor) -> None:
-    _check(0 <= act <= 3, f"{op}: act must be 0 (none), 1 (a8), 2 (a8g) or 3 (a16), got {act}")
-    _check(
-        act != ACTS["a16"] or not x.is_cuda,
-        f"{op}: act must be 0 (none), 1 (a8) or 2 (a8g) on a GPU, got 3 (a16)",
-    )
-
-
-def _rows(x: Tensor, op: str, k: int, source: str) -> None:
-    _check(x.dim() >= 1, f"{op}: x must have at least one dimension, got a scalar")
-    _float_dtype(x.dtype, op, "x")
-    _check(
-        x.shape[-1] == k,
-        f"{op}: x must have last dimension K={k} ({source}), got shape {tuple(x.shape)}",
-    )
-
-
-def _bias(bias: Tensor | None, x: Tensor, n: int, op: str) -> None:
-    if bias is not None:
-        _layout(bias, x.dtype if bias.dtype == x.dtype else torch.float32, (n,), op, "bias")
-
-
-def ceil_div(a: int, b: int) -> int:
-    """The quotient a / b, rounded up."""
-    return -(-a // b)
-
-
-def plane_bytes(k: int) -> tuple[int, int]:
-    """Bytes of a row in the idx and the sign plane."""
-    blocks = 8 * ceil_div(k, 32)
-    return blocks // 2, blocks // 8
 
 
 # Quantize, dequantize
@@ -140,14 +55,14 @@ def ternary_quantize(w: Tensor, group: int, stride: int) -> tuple[Tensor, Tensor
 @torch.library.register_fake("alignops::ternary_quantize")
 def _(w: Tensor, group: int, stride: int) -> tuple[Tensor, Tensor, Tensor]:
     op = "ternary_quantize"
-    n, k = _matrix(w, op)
-    _check(n > 0 and k > 0, f"{op}: w must not be empty, got shape {tuple(w.shape)}")
-    check_group(k, group, stride, op)
-    idx, sign = plane_bytes(k)
+    n, k = checks.check_matrix(w, op)
+    checks.check(n > 0 and k > 0, f"{op}: w must not be empty, got shape {tuple(w.shape)}")
+    checks.check_group(k, group, stride, op)
+    idx, sign = checks.plane_bytes(k)
     return (
         w.new_empty((n, idx), dtype=torch.uint8),
         w.new_empty((n, sign), dtype=torch.uint8),
-        w.new_empty((n, ceil_div(k, group)), dtype=torch.float32),
+        w.new_empty((n, checks.ceil_div(k, group)), dtype=torch.float32),
     )
 
 
@@ -164,15 +79,15 @@ def _(
     idx: Tensor, sign: Tensor, scale: Tensor, k: int, group: int, stride: int, dtype: torch.dtype
 ) -> Tensor:
     op = "ternary_dequantize"
-    _check(idx.dim() == 2, f"{op}: idx must have shape (n, bytes), got {tuple(idx.shape)}")
-    _check(k > 0, f"{op}: k must be positive, got {k}")
-    check_group(k, group, stride, op)
+    checks.check(idx.dim() == 2, f"{op}: idx must have shape (n, bytes), got {tuple(idx.shape)}")
+    checks.check(k > 0, f"{op}: k must be positive, got {k}")
+    checks.check_group(k, group, stride, op)
     n = idx.shape[0]
-    idx_bytes, sign_bytes = plane_bytes(k)
-    _layout(idx, torch.uint8, (n, idx_bytes), op, "idx")
-    _layout(sign, torch.uint8, (n, sign_bytes), op, "sign")
-    _layout(scale, torch.float32, (n, ceil_div(k, group)), op, "scale")
-    _float_dtype(dtype, op, "dtype")
+    idx_bytes, sign_bytes = checks.plane_bytes(k)
+    checks.check_layout(idx, torch.uint8, (n, idx_bytes), op, "idx")
+    checks.check_layout(sign, torch.uint8, (n, sign_bytes), op, "sign")
+    checks.check_layout(scale, torch.float32, (n, checks.ceil_div(k, group)), op, "scale")
+    checks.check_float_dtype(dtype, op, "dtype")
     return idx.new_empty((n, k), dtype=dtype)
 
 
@@ -194,10 +109,10 @@ def fake_quant_output(
 ) -> Tensor:
     """Checks the arguments of the operator and allocates its result."""
     op = "ternary_fake_quant"
-    n, k = _matrix(w, op)
-    _layout(lam, torch.float32, (), op, "lam")
-    check_group(k, group, stride, op)
-    _float_dtype(dtype, op, "dtype")
+    n, k = checks.check_matrix(w, op)
+    checks.check_layout(lam, torch.float32, (), op, "lam")
+    checks.check_group(k, group, stride, op)
+    checks.check_float_dtype(dtype, op, "dtype")
     return w.new_empty((n, k), dtype=dtype)
 
 
@@ -225,9 +140,9 @@ _TILES = {0: (1, 8), 1: (32, 8), 2: (64, 16), 3: (32, 32)}
 
 
 def _packed_bytes(n: int, k: int, layout: int, op: str) -> int:
-    _check(layout in _TILES, f"{op}: layout must be 0, 1, 2 or 3 (CUDA), got {layout}")
+    checks.check(layout in _TILES, f"{op}: layout must be 0, 1, 2 or 3 (CUDA), got {layout}")
     rows, blocks = _TILES[layout]
-    return ceil_div(n, rows) * rows * ceil_div(k, 4 * blocks) * blocks * 5 // 8
+    return checks.ceil_div(n, rows) * rows * checks.ceil_div(k, 4 * blocks) * blocks * 5 // 8
 
 
 def ternary_prepack(idx: Tensor, sign: Tensor, k: int, layout: int) -> Tensor:
@@ -239,12 +154,12 @@ def ternary_prepack(idx: Tensor, sign: Tensor, k: int, layout: int) -> Tensor:
 @torch.library.register_fake("alignops::ternary_prepack")
 def _(idx: Tensor, sign: Tensor, k: int, layout: int) -> Tensor:
     op = "ternary_prepack"
-    _check(idx.dim() == 2, f"{op}: idx must have shape (n, bytes), got {tuple(idx.shape)}")
-    _check(k > 0, f"{op}: k must be positive, got {k}")
+    checks.check(idx.dim() == 2, f"{op}: idx must have shape (n, bytes), got {tuple(idx.shape)}")
+    checks.check(k > 0, f"{op}: k must be positive, got {k}")
     n = idx.shape[0]
-    idx_bytes, sign_bytes = plane_bytes(k)
-    _layout(idx, torch.uint8, (n, idx_bytes), op, "idx")
-    _layout(sign, torch.uint8, (n, sign_bytes), op, "sign")
+    idx_bytes, sign_bytes = checks.plane_bytes(k)
+    checks.check_layout(idx, torch.uint8, (n, idx_bytes), op, "idx")
+    checks.check_layout(sign, torch.uint8, (n, sign_bytes), op, "sign")
     return idx.new_empty((_packed_bytes(n, k, layout, op),))
 
 
@@ -257,10 +172,10 @@ def ternary_unpack(packed: Tensor, n: int, k: int, layout: int) -> tuple[Tensor,
 @torch.library.register_fake("alignops::ternary_unpack")
 def _(packed: Tensor, n: int, k: int, layout: int) -> tuple[Tensor, Tensor]:
     op = "ternary_unpack"
-    _check(n > 0, f"{op}: n must be positive, got {n}")
-    _check(k > 0, f"{op}: k must be positive, got {k}")
-    _layout(packed, torch.uint8, (_packed_bytes(n, k, layout, op),), op, "packed")
-    idx_bytes, sign_bytes = plane_bytes(k)
+    checks.check(n > 0, f"{op}: n must be positive, got {n}")
+    checks.check(k > 0, f"{op}: k must be positive, got {k}")
+    checks.check_layout(packed, torch.uint8, (_packed_bytes(n, k, layout, op),), op, "packed")
+    idx_bytes, sign_bytes = checks.plane_bytes(k)
     return packed.new_empty((n, idx_bytes)), packed.new_empty((n, sign_bytes))
 
 
@@ -320,7 +235,7 @@ def ternary_linear(x: Tensor, weight: Any, bias: Any = None, act: str = "auto") 
     try:
         auto, pack = _AUTO[x.dtype], weight._pack
     except (AttributeError, KeyError):
-        _check_types(x, [weight], "ternary_linear")
+        checks.check_types(x, [weight], "ternary_linear")
         raise
     if pack is None or pack[6] != _native.cpu_layout:
         pack = weight.ready()
@@ -330,10 +245,10 @@ def ternary_linear(x: Tensor, weight: Any, bias: Any = None, act: str = "auto") 
     record = torch.is_grad_enabled()
     if act == "auto":
         code = 0 if (record and x.requires_grad) or layout == CUDA_LAYOUT else auto
-    elif act in ACTS:
-        code = ACTS[act]
+    elif act in checks.ACTS:
+        code = checks.ACTS[act]
     else:
-        raise _act_error(act, "ternary_linear")
+        raise checks.act_error(act, "ternary_linear")
     if layout == CUDA_LAYOUT and x.numel() > CUDA_TOKENS * k:
         return _op.ternary_linear_triton(x, packed, scale, bias, n, k, group, stride, code, layout)
     if record and (x.requires_grad or (bias is not None and bias.requires_grad)):
@@ -346,9 +261,9 @@ def ternary_linear(x: Tensor, weight: Any, bias: Any = None, act: str = "auto") 
 def _linear_sequence(
     x: Tensor, weights: tuple[TernaryWeight, ...], bias: Any, act: str
 ) -> tuple[Tensor, ...]:
-    _check_types(x, weights, "ternary_linear")
+    checks.check_types(x, weights, "ternary_linear")
     biases = [None] * len(weights) if bias is None else list(bias)
-    _check(
+    checks.check(
         len(biases) == len(weights),
         f"ternary_linear: bias must have one entry per weight ({len(weights)}), got {len(biases)}",
     )
@@ -378,28 +293,6 @@ def _cat_bias(biases: Sequence[Tensor | None], sizes: list[int], x: Tensor) -> T
     )
 
 
-def _check_types(x: Any, weights: Sequence[Any], op: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: x must be a Tensor, got {type(x).__name__}")
-    if x.dtype not in FLOAT_DTYPES:
-        got = dtype_name(x.dtype)
-        raise TypeError(f"{op}: x must be float32, bfloat16 or float16, got {got}")
-    for w in weights:
-        if not hasattr(w, "_pack"):
-            got = type(w).__name__
-            raise TypeError(f"{op}: weight must be a TernaryWeight or a list of them, got {got}")
-
-
-def _act_error(act: object, op: str) -> ValueError:
-    return ValueError(f"{op}: act must be one of auto, {', '.join(ACTS)}, got {act!r}")
-
-
-def check_act(act: str, op: str) -> None:
-    """ValueError unless act names a mode."""
-    if act != "auto" and act not in ACTS:
-        raise _act_error(act, op)
-
-
 @torch.library.register_fake("alignops::ternary_linear")
 def linear_output(
     x: Tensor,
@@ -415,18 +308,26 @@ def linear_output(
 ) -> Tensor:
     """Checks the arguments of the operator and allocates its result."""
     op = "ternary_linear"
-    _check(n > 0, f"{op}: n must be positive, got {n}")
-    _check(k > 0, f"{op}: k must be positive, got {k}")
-    check_group(k, group, stride, op)
-    _act(act, op, x)
+    checks.check(n > 0, f"{op}: n must be positive, got {n}")
+    checks.check(k > 0, f"{op}: k must be positive, got {k}")
+    checks.check_group(k, group, stride, op)
+    checks.check_act_code(act, op, x)
     needed = CUDA_LAYOUT if x.is_cuda else _native.cpu_layout
-    _check(layout == needed, f"{op}: packed must have the layout {needed}, got layout {layout}")
-    _rows(x, op, k, "from packed weight")
-    _layout(packed, torch.uint8, (_packed_bytes(n, k, layout, op),), op, "packed")
-    _layout(scale, torch.float32, (ceil_div(k, group), ROW_PAD * ceil_div(n, ROW_PAD)), op, "scale")
-    _bias(bias, x, n, op)
-    most = _MAX_COLUMNS.get(act, k)
-    _check(k <= most, f"{op}: k must be at most {most} in this mode, got {k}")
+    checks.check(
+        layout == needed, f"{op}: packed must have the layout {needed}, got layout {layout}"
+    )
+    checks.check_rows(x, op, k, "from packed weight")
+    checks.check_layout(packed, torch.uint8, (_packed_bytes(n, k, layout, op),), op, "packed")
+    checks.check_layout(
+        scale,
+        torch.float32,
+        (checks.ceil_div(k, group), checks.ROW_PAD * checks.ceil_div(n, checks.ROW_PAD)),
+        op,
+        "scale",
+    )
+    checks.check_bias(bias, x, n, op)
+    most = checks.MAX_COLUMNS.get(act, k)
+    checks.check(k <= most, f"{op}: k must be at most {most} in this mode, got {k}")
     return x.new_empty((*x.shape[:-1], n))
 
 
@@ -485,8 +386,8 @@ def int8_quantize(w: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake("alignops::ternary_int8_quantize")
 def _(w: Tensor) -> tuple[Tensor, Tensor]:
     op = "ternary_int8_quantize"
-    n, k = _matrix(w, op)
-    _check(n > 0 and k > 0, f"{op}: w must not be empty, got shape {tuple(w.shape)}")
+    n, k = checks.check_matrix(w, op)
+    checks.check(n > 0 and k > 0, f"{op}: w must not be empty, got shape {tuple(w.shape)}")
     return w.new_empty((n, k), dtype=torch.int8), w.new_empty((n,), dtype=torch.float32)
 
 
@@ -503,14 +404,14 @@ def int8_linear(
         >>> int8_linear(torch.randn(3, 64), q, scale).shape
         torch.Size([3, 8])
     """
-    _check_types(x, (), "int8_linear")
+    checks.check_types(x, (), "int8_linear")
     if act == "auto":
         differentiable = torch.is_grad_enabled() and x.requires_grad
         code = 0 if differentiable or x.is_cuda else _AUTO[x.dtype]
-    elif act in ACTS:
-        code = ACTS[act]
+    elif act in checks.ACTS:
+        code = checks.ACTS[act]
     else:
-        raise _act_error(act, "int8_linear")
+        raise checks.act_error(act, "int8_linear")
     result: Tensor
     if x.is_cuda and x.numel() > CUDA_TOKENS * weight.shape[-1]:
         result = _op.ternary_int8_linear_triton(x, weight, scale, bias, code)
@@ -529,18 +430,20 @@ def int8_linear_output(
 ) -> Tensor:
     """Checks the arguments of the operator and allocates its result."""
     op = "ternary_int8_linear"
-    _act(act, op, x)
-    _check(weight.dim() == 2, f"{op}: weight must have shape (n, k), got {tuple(weight.shape)}")
+    checks.check_act_code(act, op, x)
+    checks.check(
+        weight.dim() == 2, f"{op}: weight must have shape (n, k), got {tuple(weight.shape)}"
+    )
     n, k = weight.shape
-    _layout(weight, torch.int8, (n, k), op, "weight")
-    _layout(scale, torch.float32, (n,), op, "scale")
-    limit = _INT8_MAX_COLUMNS
-    _check(
+    checks.check_layout(weight, torch.int8, (n, k), op, "weight")
+    checks.check_layout(scale, torch.float32, (n,), op, "scale")
+    limit = checks.INT8_MAX_COLUMNS
+    checks.check(
         act == 0 or k <= limit,
         f"{op}: weight must have at most {limit} columns in the integer modes, got {k}",
     )
-    _rows(x, op, k, "from weight")
-    _bias(bias, x, n, op)
+    checks.check_rows(x, op, k, "from weight")
+    checks.check_bias(bias, x, n, op)
     return x.new_empty((*x.shape[:-1], n))
 
 

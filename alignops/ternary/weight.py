@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from alignops import _native
-from alignops.ternary import ops
+from alignops.ternary import checks, ops
 
 FORMAT_VERSION = 1
 
@@ -67,12 +67,12 @@ class TernaryWeight(nn.Module):
         n, k = self.shape[:-1].numel(), self.shape[-1]
         self.group = k if group is None else group
         self.stride = stride
-        ops.check_group(k, self.group, stride, "TernaryWeight")
-        idx_bytes, sign_bytes = ops.plane_bytes(k)
-        groups = ops.ceil_div(k, self.group)
+        checks.check_group(k, self.group, stride, "TernaryWeight")
+        idx_bytes, sign_bytes = checks.plane_bytes(k)
+        groups = checks.ceil_div(k, self.group)
         for name, plane, columns in (("idx", idx, idx_bytes), ("sign", sign, sign_bytes)):
             _check_plane(name, plane, (n, columns), (torch.uint8,))
-        _check_plane("scale", scale, (n, groups), ops.FLOAT_DTYPES)
+        _check_plane("scale", scale, (n, groups), checks.FLOAT_DTYPES)
         self.register_buffer("idx", idx.contiguous())
         self.register_buffer("sign", sign.contiguous())
         self.register_buffer("scale", scale.contiguous())
@@ -91,9 +91,9 @@ class TernaryWeight(nn.Module):
         """A weight with all scales 0, to be filled by `load_state_dict`."""
         n, k = torch.Size(shape)[:-1].numel(), shape[-1]
         idx, sign = (
-            torch.zeros(n, b, dtype=torch.uint8, device=device) for b in ops.plane_bytes(k)
+            torch.zeros(n, b, dtype=torch.uint8, device=device) for b in checks.plane_bytes(k)
         )
-        groups = ops.ceil_div(k, group or k)
+        groups = checks.ceil_div(k, group or k)
         scale = torch.zeros(n, groups, dtype=scale_dtype, device=device)
         return cls(idx, sign, scale, shape, group, stride)
 
@@ -135,7 +135,7 @@ class TernaryWeight(nn.Module):
     def nbytes(self) -> int:
         """Bytes of planes and scales; the packed copy has the size of the planes up to padding."""
         n, k = self.shape[:-1].numel(), self.shape[-1]
-        return n * sum(ops.plane_bytes(k)) + self.scale.numel() * self.scale.element_size()
+        return n * sum(checks.plane_bytes(k)) + self.scale.numel() * self.scale.element_size()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Scale * T as a dense tensor of `shape` in float32, bfloat16 or float16.
@@ -236,7 +236,7 @@ class TernaryWeight(nn.Module):
         layout = _kernel_layout(idx)
         packed = ops.ternary_prepack(idx, sign, k, layout)
         scale = self.scale.float().t()
-        scale = nn.functional.pad(scale, (0, -n % ops.ROW_PAD)).contiguous()
+        scale = nn.functional.pad(scale, (0, -n % checks.ROW_PAD)).contiguous()
         return packed, scale, n, k, self.group, self.stride, layout
 
     def _forget_pack(self) -> None:
@@ -334,7 +334,7 @@ class _Fusion:
         fused = TernaryWeight.cat(self.members)
         packed, scale, total, k, group, stride, layout = fused.ready()
         fused._drop_planes()
-        whole_tiles = all(w.shape[0] % ops.ROW_PAD == 0 for w in self.members)
+        whole_tiles = all(w.shape[0] % checks.ROW_PAD == 0 for w in self.members)
         row = 0
         for w in self.members:
             n = w.shape[0]
@@ -381,7 +381,7 @@ def quantize(
         TernaryWeight((8, 64))
     """
     if not isinstance(w, Tensor) or not w.is_floating_point():
-        got = ops.dtype_name(w.dtype) if isinstance(w, Tensor) else type(w).__name__
+        got = checks.dtype_name(w.dtype) if isinstance(w, Tensor) else type(w).__name__
         raise TypeError(f"quantize: w must be a floating point Tensor, got {got}")
     for name, value in (("group", group), ("stride", stride)):
         if not isinstance(value, int | None) or isinstance(value, bool):
@@ -391,10 +391,10 @@ def quantize(
             "quantize: w must have shape (N, K) or (E, N, K) and not be empty, got "
             f"{tuple(w.shape)}"
         )
-    if scale_dtype not in ops.FLOAT_DTYPES:
+    if scale_dtype not in checks.FLOAT_DTYPES:
         raise ValueError(
             "quantize: scale_dtype must be float32, bfloat16 or float16, got "
-            f"{ops.dtype_name(scale_dtype)}"
+            f"{checks.dtype_name(scale_dtype)}"
         )
     rows = w.detach().flatten(0, -2)
     if rows.dtype == torch.float64:
@@ -407,8 +407,8 @@ def quantize(
         if lost.any():
             row, g = lost.nonzero()[0].tolist()
             raise ValueError(
-                f"quantize: scale_dtype {ops.dtype_name(scale_dtype)} must hold every scale, got "
-                f"{exact[row, g].item():g} at (row, group) = ({row}, {g})"
+                f"quantize: scale_dtype {checks.dtype_name(scale_dtype)} must hold every scale, "
+                f"got {exact[row, g].item():g} at (row, group) = ({row}, {g})"
             )
     return TernaryWeight(idx, sign, scale, w.shape, group, stride)
 
@@ -421,8 +421,8 @@ def _check_plane(
     name: str, plane: Tensor, shape: tuple[int, int], dtypes: tuple[torch.dtype, ...]
 ) -> None:
     if tuple(plane.shape) != shape or plane.dtype not in dtypes:
-        expected = " or ".join(ops.dtype_name(d) for d in dtypes)
+        expected = " or ".join(checks.dtype_name(d) for d in dtypes)
         raise ValueError(
             f"TernaryWeight: {name} must be {expected} of shape {shape}, got "
-            f"{ops.dtype_name(plane.dtype)} of shape {tuple(plane.shape)}"
+            f"{checks.dtype_name(plane.dtype)} of shape {tuple(plane.shape)}"
         )

@@ -73,7 +73,7 @@ def test_pack_and_unpack_round_trip(case: tuple[Tensor, int | None, int]) -> Non
 def test_every_plane_byte_is_a_code(n: int, k: int, seed: int) -> None:
     """Planes of random bytes multiply like the lanes they decode to."""
     generator = torch.Generator().manual_seed(seed)
-    idx_bytes, sign_bytes = ternary.ops.plane_bytes(k)
+    idx_bytes, sign_bytes = ternary.checks.plane_bytes(k)
     idx = torch.randint(0, 256, (n, idx_bytes), dtype=torch.uint8, generator=generator)
     sign = torch.randint(0, 256, (n, sign_bytes), dtype=torch.uint8, generator=generator)
     scale = torch.rand(n, 1, generator=generator)
