@@ -247,7 +247,8 @@ class TernaryWeight(nn.Module):
     def _changed(self, release: bool = False) -> None:
         """The planes are new: pack them now on the CPU, later elsewhere."""
         self._forget_pack()
-        if len(self.shape) == 2 and self.scale.device.type == "cpu":
+        compiling = torch.compiler.is_dynamo_compiling()  # which knows no locks, see `ready`
+        if len(self.shape) == 2 and self.scale.device.type == "cpu" and not compiling:
             self.prepack(release)
 
     # Life as a module

@@ -343,6 +343,17 @@ def test_compiled_gradients_equal_eager_ones():
 # Eval and finalize
 
 
+def test_compiled_eval_equals_eager():
+    model = Net()
+    prepare_arenas(model, ArenasSchedule(8))
+    compiled = torch.compile(model.eval(), backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, 32)
+    expected = model(x)
+    assert torch.equal(compiled(x), expected)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), expected)
+
+
 @pytest.mark.parametrize(("group", "stride"), [(None, 1), (32, 1), (64, 16)])
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_eval_ignores_lambda_and_equals_finalize_bit_for_bit(group, stride, rows):
