@@ -212,7 +212,7 @@ def run(
         steps = int(state["schedule"]["total_steps"])
     elif steps is None:
         seconds = Distillation(model, train, held_out, 1, setting).seconds_per_step()
-        steps = max(10, int(60 * minutes / (1.1 * seconds)))
+        steps = max(10, int(60 * minutes / (1.25 * seconds)))
         echo(f"{seconds:.1f} s per step on {torch.get_num_threads()} threads: {steps} steps")
     work = Distillation(model, train, held_out, steps, setting)
     perplexity = {"original": work.perplexity(work.teacher)}
@@ -253,8 +253,8 @@ def run(
 def _train(
     work: Distillation, checkpoint: Path, echo: Callable[[str], None]
 ) -> list[dict[str, float]]:
-    """Runs the remaining steps; returns a record of every twentieth of the training."""
-    every = max(1, work.steps // 20)
+    """Runs the remaining steps; returns a record of every tenth of the training."""
+    every = max(1, work.steps // 10)
     history: list[dict[str, float]] = []
     started = saved = time.perf_counter()
     before = codes(work.student)
