@@ -171,6 +171,45 @@ const Register nan_spreads("fake_quant gives NaN to the group of a NaN and to no
   }
 });
 
+// Sums of a row of 64 blocks that lie on a tie between two floats: 192 (1 + 2^-24) over 192 kept
+// lanes rounds to 1, but to the next float if as little as `unit`, the last bit of the double sum,
+// is added. `half` alone is absorbed by the large number; two of them count where they meet first.
+const Register sum_order("the kept magnitudes are summed in the order of the contract", [] {
+  const float unit = 0x1p-45f, half = 0x1p-46f, tie = 1.5f * 0x1p-17f, next = 1.0f + 0x1p-23f;
+  struct Case {
+    const char* name;
+    std::vector<std::pair<int64_t, float>> columns;
+    float scale;
+  };
+  const std::vector<Case> cases = {
+      {"nothing added", {{0, 192}, {1, tie}}, 1.0f},
+      {"one unit", {{0, 192}, {1, tie}, {64, unit}}, next},
+      {"lanes in order", {{0, 192}, {1, half}, {2, half}, {64, tie}}, 1.0f},
+      {"a block before its partial sum", {{0, 192}, {1, tie}, {64, half}, {67, half}}, next},
+      {"blocks 16 apart after each other", {{0, 192}, {1, tie}, {64, half}, {128, half}}, 1.0f},
+      {"blocks 8 and 24 meet", {{0, 192}, {1, tie}, {32, half}, {96, half}}, next},
+      {"8 apart before 4 apart", {{0, 192}, {1, tie}, {32, half}, {16, half}}, 1.0f},
+      {"4 and 12 meet before 0", {{0, 192}, {1, tie}, {16, half}, {48, half}}, next},
+      {"2 and 6 meet before 0", {{0, 192}, {1, tie}, {8, half}, {24, half}}, next},
+      {"1 and 3 meet before 0", {{0, 192}, {1, tie}, {4, half}, {12, half}}, next},
+      {"2 before 1", {{0, 192}, {1, tie}, {8, half}, {4, half}}, 1.0f},
+  };
+  for (const Level& level : levels())
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16})
+      for (const Case& c : cases) {
+        Matrix w(dtype, 1, 256), spread(dtype, 1, 256);
+        for (const auto& [column, value] : c.columns) {
+          w.set(0, column, value);
+          // The same place of the same block in stride 16.
+          const int64_t b = column / 4;
+          spread.set(0, 64 * (b / 16) + b % 16 + 16 * (column % 4), value);
+        }
+        const std::string what = describe(level, dtype, {}) + " " + c.name;
+        expect(quantize(level, w, 256, 1).scale[0] == c.scale, what);
+        expect(quantize(level, spread, 256, 16).scale[0] == c.scale, "stride 16, " + what);
+      }
+});
+
 bool equal_bytes(const Guarded<uint8_t>& got, const std::string& hex) {
   std::string text;
   for (size_t i = 0; i < got.size(); ++i) {

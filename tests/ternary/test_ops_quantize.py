@@ -121,6 +121,32 @@ def test_groups(isa: str, k: int, group: int, stride: int, dtype: torch.dtype) -
     assert torch.equal(fake, effective(w, -1.5, group, stride, torch.float32))
 
 
+def test_scales_are_summed_in_order(isa: str) -> None:
+    """Rows whose sum lies on a tie of float32, which the last bit of float64 decides."""
+    unit, half, tie = 2.0**-45, 2.0**-46, 1.5 * 2.0**-17
+    added = (
+        {},
+        {64: unit},
+        {2: half, 3: half},
+        {64: half, 128: half},
+        {64: half, 67: half},
+        {32: half, 96: half},
+        {32: half, 16: half},
+        {16: half, 48: half},
+        {8: half, 24: half},
+        {4: half, 12: half},
+        {8: half, 4: half},
+    )
+    w = torch.zeros(len(added), 256)
+    w[:, 0], w[:, 1] = 192, tie
+    for row, columns in zip(w, added, strict=True):
+        for column, value in columns.items():
+            row[column] = value
+    scale = OPS.ternary_quantize(w, 256, 1)[2]
+    assert set(scale.flatten().tolist()) == {1.0, 1 + 2.0**-23}
+    assert torch.equal(scale, reference.quantize(w)[1])
+
+
 def test_forms_of_w(isa: str) -> None:
     base = torch.randn(40, 131)
     lam = torch.tensor(1.0)
