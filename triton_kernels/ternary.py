@@ -317,4 +317,5 @@ def _matmul(
             )  # fmt: skip
 
         name = "ternary_linear" if ternary else "ternary_int8_linear"
+        name += "_grouped" if groups > 1 or act_groups > 1 else ""
         launch(config or _tuning.config(name, tokens, n, launch))

@@ -196,7 +196,7 @@ def test_table_in_the_cache_folder_wins(gpu_name: str, tmp_path: Path) -> None:
 
 def test_search_is_stored(gpu_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALIGNOPS_AUTOTUNE", "1")
-    monkeypatch.setattr(_tuning, "_search", lambda launch: _tuning.CANDIDATES[3])
+    monkeypatch.setattr(_tuning, "_search", lambda m, launch: _tuning.CANDIDATES[3])
     x = fake_tokens(9, 64, torch.int8)
     assert _tuning.config("ternary_linear", x, 32, unused) == _tuning.CANDIDATES[3]
     stored = json.loads((tmp_path / f"{gpu_name}.json").read_text())
