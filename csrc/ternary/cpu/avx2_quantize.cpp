@@ -175,7 +175,8 @@ struct Partial {
         _mm256_add_pd(_mm256_add_pd(sum[0][0], sum[1][0]), _mm256_add_pd(sum[0][1], sum[1][1]));
     const __m128d s2 = _mm_add_pd(_mm256_castpd256_pd128(s4), _mm256_extractf128_pd(s4, 1));
     const double total = _mm_cvtsd_f64(_mm_add_sd(s2, _mm_unpackhi_pd(s2, s2)));
-    return static_cast<float>(total / static_cast<double>(columns / 4 * 3 + columns % 4));
+    const int64_t kept = columns / 4 * 3 + columns % 4;
+    return static_cast<float>(total / static_cast<double>(kept));
   }
 };
 

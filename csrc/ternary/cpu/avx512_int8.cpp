@@ -118,11 +118,11 @@ struct Tile {
     scale = _mm512_permutexvar_ps(repeat, s);
   }
 
-  // Value i of 16 / kRows repeated kRows times.
+  // Value i of `count`, at most kSlots, repeated kRows times.
   template <class Get>
   [[gnu::always_inline]] static __m512 spread(int count, const Get& get) {
     __m512 v = _mm512_set1_ps(get(0));
-    for (int i = 1; i < count; ++i)
+    for (int i = 1; i < kSlots && i < count; ++i)
       v = _mm512_mask_mov_ps(v, static_cast<__mmask16>(((1 << kRows) - 1) << i * kRows),
                              _mm512_set1_ps(get(i)));
     return v;
