@@ -90,7 +90,7 @@ def markdown(document: dict[str, Any], picture: str) -> str:
 {facts["cpu"]}, {facts["cores"]} cores, best instruction set {facts["isa"]};
 alignops {facts["alignops"]}, torch {facts["torch"]}, Python {facts["python"]};
 {facts["date"]}, {facts["minutes"]} minutes{", quick run" if facts["quick"] else ""}; load average
-before the run {facts["load_before"]:.2f}. Absent: {absent}.
+before the run {facts["load_before"]:.2f}, niceness {facts["niceness"]}. Absent: {absent}.
 
 Medians of alternating turns in one process. *Cold*: a pass visits more than 256 MiB of distinct
 copies of the weight. *Hot*: one weight, again and again. llama.cpp computes a whole pass in one

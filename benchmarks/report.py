@@ -354,6 +354,7 @@ def environment(report: Report) -> dict[str, object]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "load_before": os.getloadavg()[0],
+        "niceness": os.nice(0),
         "quick": report.quick,
         "limits": {
             t: {
