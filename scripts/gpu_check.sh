@@ -37,9 +37,13 @@ python=$venv/bin/python
 
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d '. ')
 export ALIGNOPS_CUDA=1 ALIGNOPS_CUDA_ARCHS="$capability" CMAKE_BUILD_PARALLEL_LEVEL="$(nproc)"
-stage build 170 "$python" -m pip install --no-build-isolation --no-deps -e .
+build() {
+  "$python" -m pip install --no-build-isolation --no-deps -e . && "$python" -m alignops
+}
+export -f build
+export python
+stage build 180 bash -c build
 [ $status = 0 ] || exit 1
-stage info 60 "$python" -m alignops
 
 export PYTHONUNBUFFERED=1
 quick=(-q -p no:cacheprovider --maxfail=20)

@@ -51,6 +51,7 @@ def rule(m: int, element_bytes: int) -> Config:
     return _config(128, 128, bk, 8, 3)
 
 
+@functools.cache
 def device_name(index: int) -> str:
     """File name of a GPU's table: "nvidia-h200"."""
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(index).lower()).strip("-")

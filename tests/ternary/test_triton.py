@@ -166,9 +166,12 @@ def fake_tokens(m: int, k: int, dtype: torch.dtype) -> Tensor:
 def gpu_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     monkeypatch.setenv("ALIGNOPS_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Maker (R) Chip-7")
-    _tuning._table.cache_clear()
+    caches = (_tuning._table, _tuning.device_name)
+    for cache in caches:
+        cache.cache_clear()
     yield "maker-r-chip-7"
-    _tuning._table.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 def unused(config: _tuning.Config) -> None:
