@@ -64,8 +64,11 @@ class CMakeBuild(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         """Editable installation: every library, not only the one that setuptools knows."""
+        package = ROOT / "alignops"
+        (package / "_cuda.so").unlink(missing_ok=True)  # of an earlier build, with CUDA
         for library in self.library_dir.glob("_*.so"):
-            shutil.copy2(library, ROOT / "alignops")
+            (package / library.name).unlink(missing_ok=True)  # running processes keep theirs
+            shutil.copy2(library, package)
 
 
 setup(
