@@ -16,15 +16,20 @@ inline __m256 bf16_to_f32(__m128i v) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
 }
 
-// To nearest, ties to even; a NaN stays a NaN.
+// bfloat16 in the high half of each element, garbage below. To nearest, ties to even; a NaN stays a
+// NaN.
+inline __m256i f32_to_bf16_high(__m256 v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(_mm256_add_epi32(bits, half)),
+                                              _mm256_castsi256_ps(quiet),
+                                              _mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+}
+
 inline __m128i f32_to_bf16(__m256 v) {
-  const __m256i bits = _mm256_castps_si256(v), high = _mm256_srli_epi32(bits, 16);
-  const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
-  const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-  const __m256i rounded = _mm256_srli_epi32(sum, 16),
-                quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  const __m256i words = _mm256_blendv_epi8(rounded, quiet, nan);
+  const __m256i words = _mm256_srli_epi32(f32_to_bf16_high(v), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 }
 

@@ -42,25 +42,45 @@ int64_t clamp8(int64_t count) { return count < 0 ? 0 : count > 8 ? 8 : count; }
        _mm256_castpd_ps(_mm256_unpacklo_pd(d1, d3)), _mm256_castpd_ps(_mm256_unpackhi_pd(d1, d3))}};
 }
 
-// 32 columns in natural order at p.
+__m256i load_halves(const uint16_t* low, const uint16_t* high) {
+  return _mm256_inserti128_si256(
+      _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low))),
+      _mm_loadu_si128(reinterpret_cast<const __m128i*>(high)), 1);
+}
+
+// 32 columns in natural order, from element i on.
 template <DType kType>
 [[gnu::always_inline]] inline Lanes load_columns(const void* w, int64_t i) {
-  Lanes b;
+  Lanes l;
   if constexpr (kType == DType::kFloat32) {
     const float* p = static_cast<const float*>(w) + i;
     for (int j = 0; j < 4; ++j)
-      b.v[j] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + 4 * j)),
+      l.v[j] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + 4 * j)),
                                     _mm_loadu_ps(p + 16 + 4 * j), 1);
+    return transpose(l);
   } else {
-    const auto* p = reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(w) + i);
-    const __m128i x0 = _mm_loadu_si128(p), x1 = _mm_loadu_si128(p + 1), x2 = _mm_loadu_si128(p + 2),
-                  x3 = _mm_loadu_si128(p + 3);
-    const __m128i y[4] = {_mm_unpacklo_epi64(x0, x2), _mm_unpackhi_epi64(x0, x2),
-                          _mm_unpacklo_epi64(x1, x3), _mm_unpackhi_epi64(x1, x3)};
-    for (int j = 0; j < 4; ++j)
-      b.v[j] = kType == DType::kBFloat16 ? bf16_to_f32(y[j]) : _mm256_cvtph_ps(y[j]);
+    const uint16_t* p = static_cast<const uint16_t*>(w) + i;
+    const __m256 a = _mm256_castsi256_ps(load_halves(p, p + 16));      // blocks 0, 1 | 4, 5
+    const __m256 b = _mm256_castsi256_ps(load_halves(p + 8, p + 24));  // blocks 2, 3 | 6, 7
+    // Lanes 2q and 2q+1 of a block are the halves of a 32-bit element.
+    const __m256i pairs[2] = {_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88)),
+                              _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd))};
+    for (int q = 0; q < 2; ++q) {
+      if constexpr (kType == DType::kBFloat16) {
+        const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000U));
+        l.v[2 * q] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs[q], 16));
+        l.v[2 * q + 1] = _mm256_castsi256_ps(_mm256_and_si256(pairs[q], high));
+      } else {
+        const __m256i even_first = _mm256_broadcastsi128_si256(
+            _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+        const __m256i lanes =
+            _mm256_permute4x64_epi64(_mm256_shuffle_epi8(pairs[q], even_first), 0xd8);
+        l.v[2 * q] = _mm256_cvtph_ps(_mm256_castsi256_si128(lanes));
+        l.v[2 * q + 1] = _mm256_cvtph_ps(_mm256_extracti128_si256(lanes, 1));
+      }
+    }
+    return l;
   }
-  return transpose(b);
 }
 
 // Half `half` of the 64 columns from element i on, of which `count` exist; 0 beyond.
@@ -81,9 +101,20 @@ template <DType kType, int64_t kStride>
   }
 }
 
-void store_columns(void* out, DType dtype, int64_t i, const Lanes& l) {
-  const Lanes b = transpose(l);
+// Lanes 2q and 2q+1 as the halves of 32-bit elements.
+[[gnu::always_inline]] inline __m256i to_pairs(DType dtype, __m256 low, __m256 high) {
+  if (dtype == DType::kBFloat16)
+    return _mm256_blend_epi16(_mm256_srli_epi32(f32_to_bf16_high(low), 16), f32_to_bf16_high(high),
+                              0xaa);
+  const __m128i a = f32_to_fp16(low), b = f32_to_fp16(high);
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi16(a, b)),
+                                 _mm_unpackhi_epi16(a, b), 1);
+}
+
+[[gnu::always_inline]] inline void store_columns(void* out, DType dtype, int64_t i,
+                                                 const Lanes& l) {
   if (dtype == DType::kFloat32) {
+    const Lanes b = transpose(l);
     float* p = static_cast<float*>(out) + i;
     for (int j = 0; j < 4; ++j) {
       _mm_storeu_ps(p + 4 * j, _mm256_castps256_ps128(b.v[j]));
@@ -91,13 +122,12 @@ void store_columns(void* out, DType dtype, int64_t i, const Lanes& l) {
     }
   } else {
     auto* p = reinterpret_cast<__m128i*>(static_cast<uint16_t*>(out) + i);
-    __m128i y[4];
-    for (int j = 0; j < 4; ++j)
-      y[j] = dtype == DType::kBFloat16 ? f32_to_bf16(b.v[j]) : f32_to_fp16(b.v[j]);
-    _mm_storeu_si128(p, _mm_unpacklo_epi64(y[0], y[1]));
-    _mm_storeu_si128(p + 1, _mm_unpacklo_epi64(y[2], y[3]));
-    _mm_storeu_si128(p + 2, _mm_unpackhi_epi64(y[0], y[1]));
-    _mm_storeu_si128(p + 3, _mm_unpackhi_epi64(y[2], y[3]));
+    const __m256i a = to_pairs(dtype, l.v[0], l.v[1]), b = to_pairs(dtype, l.v[2], l.v[3]);
+    const __m256i even = _mm256_unpacklo_epi32(a, b), odd = _mm256_unpackhi_epi32(a, b);
+    _mm_storeu_si128(p, _mm256_castsi256_si128(even));
+    _mm_storeu_si128(p + 1, _mm256_castsi256_si128(odd));
+    _mm_storeu_si128(p + 2, _mm256_extracti128_si256(even, 1));
+    _mm_storeu_si128(p + 3, _mm256_extracti128_si256(odd, 1));
   }
 }
 
