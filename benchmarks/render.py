@@ -85,6 +85,7 @@ def markdown(document: dict[str, Any], picture: str) -> str:
         for threads, entry in facts["limits"].items()
     ]
     absent = ", ".join(facts["absent"]) or "nothing"
+    note = f"\n{facts['note']}\n" if "note" in facts else ""
     return f"""# Ternary core: measured figures
 
 {facts["cpu"]}, {facts["cores"]} cores, best instruction set {facts["isa"]};
@@ -96,7 +97,7 @@ Medians of alternating turns in one process. *Cold*: a pass visits more than 256
 copies of the weight. *Hot*: one weight, again and again. llama.cpp computes a whole pass in one
 graph; alignops and torch are called from Python once per product. `floor / median` compares with
 the larger of traffic over measured read bandwidth and work over measured instruction rate.
-
+{note}
 ## Limits of this machine
 
 {_table(["threads", "read GB/s", "instructions, G/s"], limits)}
