@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -262,14 +263,15 @@ def perplexity(model: Any, windows: Tensor) -> float:
 
 
 def _print_table(console: Console, rows: list[Row], threads: list[int]) -> None:
-    table = Table(title="SmolLM2-135M, greedy decoding")
+    table = Table(title="SmolLM2-135M, greedy decoding", box=SIMPLE, padding=(0, 1, 0, 0))
     for name in ("weights", "head", "path"):
         table.add_column(name, no_wrap=True)
-    for name in ("MB", "MB read\nper token"):
-        table.add_column(name, justify="right")
+    for name in ("MB", "MB a\ntoken"):
+        table.add_column(name, justify="right", no_wrap=True)
     for count in threads:
-        table.add_column(f"tokens/s\n{count} thread{'s' * (count > 1)}", justify="right")
-        table.add_column("to\nbf16", justify="right")
+        heading = f"tok/s\n{count} thr."
+        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("to\nbf16", justify="right", no_wrap=True)
     base = next(row for row in rows if row.model == "bfloat16").tokens_per_second
     for row in rows:
         cells = [row.model, row.head, row.path]
