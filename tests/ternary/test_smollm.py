@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-pytest.importorskip("gguf")
-pytest.importorskip("accelerate")
-pytest.importorskip("rich")
+pytest.importorskip("transformers", reason="needs the extra [demo]")
+pytest.importorskip("gguf", reason="needs the extra [demo]")
+pytest.importorskip("accelerate", reason="needs the extra [demo]")
+pytest.importorskip("rich", reason="needs the extra [demo]")
 
 from transformers import AutoModelForCausalLM
 
