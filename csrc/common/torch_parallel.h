@@ -1,0 +1,10 @@
+// torch's threads as a ParallelFor: they follow torch.set_num_threads.
+#pragma once
+
+#include "parallel.h"
+
+namespace alignops {
+
+ParallelFor torch_parallel_for();
+
+}  // namespace alignops
