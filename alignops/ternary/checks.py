@@ -1,4 +1,4 @@
-"""Checks of arguments, for layers and for fake kernels, which repeat those of the native code."""
+"""Checks of ternary arguments, for layers and for fake kernels, and those of all cores."""
 
 from __future__ import annotations
 
@@ -8,47 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignops._checks import FLOAT_DTYPES as FLOAT_DTYPES
+from alignops._checks import ceil_div as ceil_div
+from alignops._checks import check as check
+from alignops._checks import check_float_dtype as check_float_dtype
+from alignops._checks import check_layout as check_layout
+from alignops._checks import dtype_name as dtype_name
+
 #: Code of each activation mode; "auto" is one of them, see `ternary_linear`.
 ACTS = {"none": 0, "a8": 1, "a8g": 2, "a16": 3}
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Rows of a packed scale are padded to a multiple of this.
 ROW_PAD = 64
 # Widest K whose sums fit int32, by code of the mode.
 MAX_COLUMNS = {1: 22_000_000, 2: 22_000_000, 3: 87_000}
 INT8_MAX_COLUMNS = 131_072
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Like "float32"."""
-    return str(dtype).removeprefix("torch.")
-
-
-def check(condition: bool, text: str) -> None:
-    """ValueError with `text` unless `condition`."""
-    if not condition:
-        raise ValueError(text)
-
-
-def check_float_dtype(dtype: torch.dtype, op: str, argument: str) -> None:
-    """ValueError unless the kernels compute with this dtype."""
-    check(
-        dtype in FLOAT_DTYPES,
-        f"{op}: {argument} must be float32, bfloat16 or float16, got {dtype_name(dtype)}",
-    )
-
-
-def check_layout(
-    t: Tensor, dtype: torch.dtype, shape: tuple[int, ...], op: str, argument: str
-) -> None:
-    """ValueError unless the kernels can read `t` as it lies in memory."""
-    check(
-        t.dtype == dtype, f"{op}: {argument} must be {dtype_name(dtype)}, got {dtype_name(t.dtype)}"
-    )
-    check(
-        t.dim() == len(shape) and all(a == b for a, b in zip(t.shape, shape, strict=True)),
-        f"{op}: {argument} must have shape {shape}, got {tuple(t.shape)}",
-    )
-    check(t.is_contiguous(), f"{op}: {argument} must be contiguous, got strides {t.stride()}")
 
 
 def check_matrix(w: Tensor, op: str) -> tuple[int, int]:
@@ -92,11 +65,6 @@ def check_bias(bias: Tensor | None, x: Tensor, n: int, op: str) -> None:
     """ValueError unless bias is (n,) of float32 or the dtype of x."""
     if bias is not None:
         check_layout(bias, x.dtype if bias.dtype == x.dtype else torch.float32, (n,), op, "bias")
-
-
-def ceil_div(a: int, b: int) -> int:
-    """The quotient a / b, rounded up."""
-    return -(-a // b)
 
 
 def plane_bytes(k: int) -> tuple[int, int]:

@@ -279,9 +279,24 @@ void atomicMin(T* p, T v) {
 using std::max;
 using std::min;
 
-namespace alignops::ternary::cuda {
+namespace alignops::cuda {
 
-struct Launch;
+template <class L, class... Parameters, class... Arguments>
+cudaError_t run(L& launch, const char* name, void (*kernel)(Parameters...), int64_t grid,
+                int threads, const Arguments&... arguments) {
+  launch.kernel = name;
+  launch.grid = grid;
+  blockDim = dim3(static_cast<unsigned>(threads));
+  for (int64_t i = 0; i < grid; ++i) {
+    blockIdx = {static_cast<unsigned>(i), 0, 0};
+    cuda_on_host::run_block(threads, [&] { kernel(arguments...); });
+  }
+  return cudaSuccess;
+}
+
+}  // namespace alignops::cuda
+
+namespace alignops::ternary::cuda {
 
 inline uint32_t table_word(const uint32_t* table, uint32_t offsets, int i) {
   if (reinterpret_cast<uintptr_t>(table) % 256 != 0) cuda_on_host::fail("misaligned table");
@@ -309,19 +324,6 @@ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 
 inline void mma_fp16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   cuda_on_host::mma_16bit(c, a, b0, b1, false);
-}
-
-template <class L, class... Parameters, class... Arguments>
-cudaError_t run(L& launch, const char* name, void (*kernel)(Parameters...), int64_t grid,
-                int threads, const Arguments&... arguments) {
-  launch.kernel = name;
-  launch.grid = grid;
-  blockDim = dim3(static_cast<unsigned>(threads));
-  for (int64_t i = 0; i < grid; ++i) {
-    blockIdx = {static_cast<unsigned>(i), 0, 0};
-    cuda_on_host::run_block(threads, [&] { kernel(arguments...); });
-  }
-  return cudaSuccess;
 }
 
 }  // namespace alignops::ternary::cuda

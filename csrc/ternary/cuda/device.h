@@ -1,5 +1,4 @@
-// What the kernels need beyond plain CUDA C++: element access by dtype, tensor-core products, one
-// way to launch.
+// What the kernels need beyond plain CUDA C++: element access by dtype, tensor-core products.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,6 +9,8 @@
 #include "launch.h"
 
 namespace alignops::ternary::cuda {
+
+using alignops::cuda::run;
 
 __device__ __forceinline__ float load(const void* p, DType dtype, int64_t i) {
   switch (dtype) {
@@ -74,17 +75,6 @@ __device__ __forceinline__ void mma_fp16(float (&c)[4], const uint32_t (&a)[4], 
       "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-template <class... Parameters, class... Arguments>
-cudaError_t run(Launch& launch, const char* name, void (*kernel)(Parameters...), int64_t grid,
-                int threads, const Arguments&... arguments) {
-  launch.kernel = name;
-  launch.grid = grid;
-  if (grid == 0) return cudaSuccess;
-  if (grid > INT32_MAX) return cudaErrorInvalidConfiguration;
-  kernel<<<static_cast<unsigned>(grid), threads, 0, launch.stream>>>(arguments...);
-  return cudaGetLastError();
 }
 
 #endif

@@ -1,21 +1,17 @@
 // Launchers of the CUDA kernels: raw pointers to device memory, sizes, a stream. No torch, no
-// allocation, no synchronization. Every launcher returns CUDA's error and says in `Launch` which
-// kernel it belongs to.
+// allocation, no synchronization.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
 
+#include "../../common/cuda_launch.h"
 #include "../kernels.h"
 
 namespace alignops::ternary::cuda {
 
-struct Launch {
-  cudaStream_t stream;
-  const char* kernel = "";  // set by the launcher: what was launched last, and its grid
-  int64_t grid = 0;
-};
+using alignops::cuda::Launch;
 
 // Non-finite elements of a weight: their number and the smallest flat index of one. The caller sets
 // {0, UINT64_MAX}.
