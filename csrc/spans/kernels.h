@@ -70,8 +70,11 @@ struct Fault {
   uint64_t index = 0;  // kCorrupt: block of `array`; kBadPointer: rank
 };
 
-// Query i is tokens[begin[i]], ..., tokens[end[i] - 1], in the width of the text; queries may
-// overlap and be empty. Nothing outside is read.
+// A kernel may read, and ignore, this many bytes behind the tokens of its queries.
+inline constexpr int64_t kQueryPadding = 8;
+
+// Query i is tokens[begin[i]], ..., tokens[end[i] - 1], in the width of the text, followed by
+// readable padding. Queries may overlap and be empty.
 struct Queries {
   const void* tokens;
   const int64_t* begin;
