@@ -47,13 +47,14 @@ function(alignops_configure target)
             "$<$<COMPILE_LANGUAGE:CXX>:${ALIGNOPS_WARNINGS}>")
 endfunction()
 
-# alignops_add_core(<name> KERNELS <file>... OPS <file>... [OPS_CUDA <file>...] [CUDA <file>...]
-#                   [TESTS <file>...] [CUDA_TESTS <file>...])
+# alignops_add_core(<name> KERNELS <file>... [OPS <file>...] [BIND <file>...] [OPS_CUDA <file>...]
+#                   [CUDA <file>...] [TESTS <file>...] [CUDA_TESTS <file>...])
 # Paths are relative to csrc/<name>, those of TESTS to the root. KERNELS may use neither torch nor
-# Python; a file cpu/<isa>_*.cpp is compiled for that instruction set.
+# Python; a file cpu/<isa>_*.cpp is compiled for that instruction set. BIND files belong to the
+# Python module.
 function(alignops_add_core name)
-  cmake_parse_arguments(PARSE_ARGV 1 core "" "" "KERNELS;OPS;OPS_CUDA;CUDA;TESTS;CUDA_TESTS")
-  foreach(kind KERNELS OPS OPS_CUDA CUDA)
+  cmake_parse_arguments(PARSE_ARGV 1 core "" "" "KERNELS;OPS;BIND;OPS_CUDA;CUDA;TESTS;CUDA_TESTS")
+  foreach(kind KERNELS OPS BIND OPS_CUDA CUDA)
     list(TRANSFORM core_${kind} PREPEND csrc/${name}/)
   endforeach()
   if(NOT CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
@@ -80,10 +81,13 @@ function(alignops_add_core name)
     return()
   endif()
 
-  add_library(alignops_${name}_ops OBJECT ${core_OPS})
-  alignops_configure(alignops_${name}_ops)
-  target_link_libraries(alignops_${name}_ops PRIVATE alignops_torch)
-  set_property(GLOBAL APPEND PROPERTY ALIGNOPS_OBJECTS alignops_${name}_ops)
+  if(core_OPS)
+    add_library(alignops_${name}_ops OBJECT ${core_OPS})
+    alignops_configure(alignops_${name}_ops)
+    target_link_libraries(alignops_${name}_ops PRIVATE alignops_torch)
+    set_property(GLOBAL APPEND PROPERTY ALIGNOPS_OBJECTS alignops_${name}_ops)
+  endif()
+  set_property(GLOBAL APPEND PROPERTY ALIGNOPS_BINDINGS ${core_BIND})
   if(ALIGNOPS_BUILD_CUDA)
     alignops_add_cuda(${name} KERNELS ${core_CUDA} OPS ${core_OPS_CUDA})
   endif()
@@ -113,7 +117,8 @@ function(alignops_add_python_module source)
   find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module)
   find_package(pybind11 2.13 CONFIG REQUIRED)
   get_property(objects GLOBAL PROPERTY ALIGNOPS_OBJECTS)
-  pybind11_add_module(_C MODULE NO_EXTRAS ${source})
+  get_property(bindings GLOBAL PROPERTY ALIGNOPS_BINDINGS)
+  pybind11_add_module(_C MODULE NO_EXTRAS ${source} ${bindings})
   alignops_configure(_C)
   target_compile_definitions(
     _C

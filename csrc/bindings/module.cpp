@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "common/isa.h"
+#include "spans/kernels.h"
 #include "ternary/kernels.h"
 
 namespace py = pybind11;
@@ -16,6 +17,11 @@ py::tuple available_isas() {
     if (alignops::isa_supported(isa)) names.append(alignops::isa_name(isa));
   }
   return py::tuple(names);
+}
+
+const char* self_test_failure() {
+  const char* failure = alignops::ternary::self_test_failure();
+  return failure != nullptr ? failure : alignops::spans::self_test_failure();
 }
 
 py::dict build_info() {
@@ -41,7 +47,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_layout", [] { return static_cast<int>(alignops::ternary::kernels().linear->layout); },
       "Layout of packed ternary weights that the active instruction set reads.");
-  m.def("self_test_failure", &alignops::ternary::self_test_failure,
+  m.def("self_test_failure", &self_test_failure,
         "Name of a kernel family that disagreed with the scalar code and was replaced by a slower "
         "one, or None.");
   m.def("build_info", &build_info, "Compiler, build type and torch version of the build.");
