@@ -14,24 +14,20 @@
 
 #include <atomic>
 #include <cstdint>
-#include <exception>
 #include <functional>
 
 #include "../common/parallel.h"
+#include "errors.h"
 
 namespace alignops::spans {
 
 // Shared with the thread that watches a build. `done` of `total` are tokens times passes of one
-// phase; `phase` counts up from 1. A builder looks at `cancel` at least every 50 ms.
+// phase; `phase` counts up from 1. A builder looks at `cancel` at least every 50 ms and then throws
+// Cancelled; `out` is unspecified after that.
 struct Progress {
   std::atomic<uint64_t> done{0}, total{0};
   std::atomic<int> phase{0};
   std::atomic<bool> cancel{false};
-};
-
-// Progress::cancel was seen; the output is unspecified.
-struct Cancelled : std::exception {
-  const char* what() const noexcept override { return "cancelled"; }
 };
 
 struct SuffixJob {
