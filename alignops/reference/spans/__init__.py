@@ -11,3 +11,16 @@ from alignops.reference.spans.corpus import NaiveIndex as NaiveIndex
 from alignops.reference.spans.corpus import NextDist as NextDist
 from alignops.reference.spans.corpus import Spans as Spans
 from alignops.reference.spans.corpus import top_docs as top_docs
+from alignops.reference.spans.matcher import MatchState as MatchState
+from alignops.reference.spans.matcher import NaiveMatcher as NaiveMatcher
+from alignops.reference.spans.methods import Category as Category
+from alignops.reference.spans.methods import Rule as Rule
+from alignops.reference.spans.methods import bci as bci
+from alignops.reference.spans.methods import cbd_penalty as cbd_penalty
+from alignops.reference.spans.methods import cbd_weights as cbd_weights
+from alignops.reference.spans.methods import passing_span as passing_span
+from alignops.reference.spans.methods import prov_decode as prov_decode
+from alignops.reference.spans.methods import risk as risk
+from alignops.reference.spans.methods import spans_ending as spans_ending
+from alignops.reference.spans.methods import token_surprisal as token_surprisal
+from alignops.reference.spans.methods import vetoed as vetoed
