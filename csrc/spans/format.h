@@ -1,16 +1,19 @@
-// Names and numbers of an index's files: docs/spans-format.md.
+// What an index consists of: docs/spans-format.md.
 #pragma once
 
 #include <array>
 #include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../common/file.h"
 
 namespace alignops::spans {
 
-using Uuid = std::array<uint8_t, 16>;
+inline constexpr FileFormat kFormat{{'A', 'L', 'N', 'S', 'P', 'A', 'N', '\x1A'}, 1, 0};
 
-// The kinds of files of a shard, in the order in which they are written. kNames are the names
-// before the number of the shard, kCodes stand in headers.
-enum class Kind : int32_t {
+// The kinds of files of a shard, in the order in which they are written.
+enum Kind : int32_t {
   kTok = 0,   // the text
   kDoc = 1,   // where documents begin in it
   kUni = 2,   // occurrences of each token
@@ -22,15 +25,38 @@ enum class Kind : int32_t {
   kDir = 8,   // optional: first tokens of every 256th suffix
 };
 inline constexpr int32_t kNumKinds = 9;
+// Shard s has the files <name>.<s>; the codes stand in headers.
 inline constexpr const char* kNames[kNumKinds] = {"tok",  "doc",  "uni", "lab", "meta",
                                                   "moff", "boff", "suf", "dir"};
-inline constexpr char kCodes[kNumKinds][5] = {"TOK ", "DOC ", "UNI ", "LAB ", "META",
-                                              "MOFF", "BOFF", "SUF ", "DIR "};
+inline constexpr std::array<char, 4> kCodes[kNumKinds] = {
+    {'T', 'O', 'K', ' '}, {'D', 'O', 'C', ' '}, {'U', 'N', 'I', ' '},
+    {'L', 'A', 'B', ' '}, {'M', 'E', 'T', 'A'}, {'M', 'O', 'F', 'F'},
+    {'B', 'O', 'F', 'F'}, {'S', 'U', 'F', ' '}, {'D', 'I', 'R', ' '}};
 
-// Flags of a header. kSparse, of kUni: pairs (token, occurrences), for vocabularies above
-// kDenseVocab. kContinued, of kDoc: the first document continues the last one of the shard before.
+// Flags in headers. kSparse, of kUni: pairs (token, occurrences), for vocabularies above
+// kDenseVocab. kContinued, of kDoc: the first document is the rest of the last one of the shard
+// before.
 inline constexpr uint16_t kSparse = 1;
 inline constexpr uint16_t kContinued = 2;
 inline constexpr uint64_t kDenseVocab = uint64_t{1} << 22;
+
+// What the manifest says of a shard. Files that it lacks have no bytes.
+struct ShardInfo {
+  uint64_t tokens = 0;  // without separators
+  uint64_t documents = 0;
+  bool continued = false;  // kContinued
+  std::array<FileSummary, kNumKinds> files{};
+};
+
+struct IndexInfo {
+  Uuid uuid{};
+  uint64_t vocab_size = 0;
+  int32_t token_bytes = 0;
+  std::vector<ShardInfo> shards;
+};
+
+inline std::string file_name(int32_t kind, uint32_t shard) {
+  return std::string(kNames[kind]) + "." + std::to_string(shard);
+}
 
 }  // namespace alignops::spans
