@@ -1,0 +1,87 @@
+// What both suffix array builders use: progress with cancelling, memory on huge pages.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+#include <utility>
+
+#include "suffix.h"
+
+namespace alignops::spans {
+
+// The builders touch their arrays in random order: with 4 KiB pages most accesses would also miss
+// the TLB. A hint only, for the huge pages that lie in the range; fails harmlessly.
+inline void advise_huge(void* memory, uint64_t bytes) {
+  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kHuge - 1) & ~(kHuge - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) & ~(kHuge - 1);
+  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
+// An uninitialized array.
+template <class T>
+class HugeVector {
+ public:
+  HugeVector() = default;
+  explicit HugeVector(uint64_t size) { resize(size); }
+  HugeVector(const HugeVector&) = delete;
+  HugeVector& operator=(const HugeVector&) = delete;
+  ~HugeVector() { std::free(data_); }
+
+  // Forgets the contents.
+  void resize(uint64_t size) {
+    std::free(std::exchange(data_, nullptr));
+    constexpr uint64_t kHuge = uint64_t{1} << 21;
+    const uint64_t bytes = size * sizeof(T);
+    const uint64_t alignment = bytes < kHuge ? 64 : kHuge;
+    data_ =
+        static_cast<T*>(std::aligned_alloc(alignment, (bytes + alignment) / alignment * alignment));
+    if (data_ == nullptr) throw std::bad_alloc();
+    advise_huge(data_, bytes);
+  }
+
+  T* data() { return data_; }
+  const T* data() const { return data_; }
+  T& operator[](uint64_t i) { return data_[i]; }
+  const T& operator[](uint64_t i) const { return data_[i]; }
+
+ private:
+  T* data_ = nullptr;
+};
+
+class Watch {
+ public:
+  explicit Watch(Progress& progress) : progress_(progress) {}
+
+  void start(uint64_t total) {
+    progress_.done = 0;
+    progress_.total = total;
+    ++progress_.phase;
+  }
+  void add(uint64_t count) {
+    progress_.done.fetch_add(count, std::memory_order_relaxed);
+    poll();
+  }
+  void poll() const {
+    if (progress_.cancel.load(std::memory_order_relaxed)) throw Cancelled();
+  }
+  // body(b, e) for pieces of [begin, end) in order, polling in between.
+  template <class Index, class Body>
+  void in_pieces(Index begin, Index end, Body body) const {
+    constexpr Index kPiece = Index{1} << 18;
+    while (begin < end) {
+      const Index stop = end - begin > kPiece ? begin + kPiece : end;
+      body(begin, stop);
+      begin = stop;
+      poll();
+    }
+  }
+
+ private:
+  Progress& progress_;
+};
+
+}  // namespace alignops::spans
