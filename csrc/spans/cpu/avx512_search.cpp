@@ -1,5 +1,4 @@
-// Search kernels for AVX-512: long matches are compared in vectors of 64 bytes, the last one
-// masked.
+// Search kernels for AVX-512: long matches are compared in vectors of 64 bytes.
 #include <immintrin.h>
 
 #include "search.h"
@@ -10,16 +9,15 @@ namespace {
 struct Avx512Compare {
   template <class Token>
   static uint64_t tokens(const uint8_t* a, const Token* b, uint64_t count) {
-    const auto* c = reinterpret_cast<const uint8_t*>(b);
-    const uint64_t bytes = count * sizeof(Token);
-    for (uint64_t i = 0; i < bytes; i += 64) {
-      const __mmask64 part = bytes - i < 64 ? (uint64_t{1} << (bytes - i)) - 1 : ~uint64_t{0};
-      const __mmask64 different = _mm512_cmpneq_epi8_mask(_mm512_maskz_loadu_epi8(part, a + i),
-                                                          _mm512_maskz_loadu_epi8(part, c + i));
+    constexpr uint64_t kVector = 64 / sizeof(Token);
+    uint64_t i = 0;
+    for (; i + kVector <= count; i += kVector) {
+      const __mmask64 different = _mm512_cmpneq_epi8_mask(_mm512_loadu_si512(a + i * sizeof(Token)),
+                                                          _mm512_loadu_si512(b + i));
       if (different != 0)
-        return (i + static_cast<uint64_t>(__builtin_ctzll(different))) / sizeof(Token);
+        return i + static_cast<uint64_t>(__builtin_ctzll(different)) / sizeof(Token);
     }
-    return count;
+    return i + common_by_words(a + i * sizeof(Token), b + i, count - i);
   }
 };
 
