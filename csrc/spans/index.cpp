@@ -142,7 +142,7 @@ Hits Index::locate(const Batch& batch, int64_t limit) const {
   std::vector<int64_t> intervals(index(rows * shards * 2));
   find(batch, intervals.data());
   Hits hits;
-  std::vector<std::vector<int64_t>> ranks(index(shards)), place(index(shards));
+  std::vector<std::vector<int64_t>> ranks(index(shards)), slots(index(shards));
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t* interval = &intervals[index(2 * row * shards)];
     int64_t total = 0;
@@ -155,7 +155,7 @@ Hits Index::locate(const Batch& batch, int64_t limit) const {
         ++s;
       }
       ranks[index(s)].push_back(interval[2 * s] + rank);
-      place[index(s)].push_back(static_cast<int64_t>(hits.row.size()));
+      slots[index(s)].push_back(static_cast<int64_t>(hits.row.size()));
       hits.row.push_back(row);
       hits.shard.push_back(s);
     }
@@ -169,8 +169,8 @@ Hits Index::locate(const Batch& batch, int64_t limit) const {
       return kernels.positions(shard, {from.data(), positions.data()}, b, e);
     });
     for (size_t i = 0; i < from.size(); ++i) {
-      const size_t at = index(place[index(s)][i]);
-      const Store::Owner owner = store_->owner(s, static_cast<uint64_t>(positions[i]));
+      const size_t at = index(slots[index(s)][i]);
+      const Place owner = store_->place(s, static_cast<uint64_t>(positions[i]));
       hits.position[at] = positions[i];
       hits.document[at] = static_cast<int64_t>(owner.document);
       hits.offset[at] = static_cast<int64_t>(owner.offset);
