@@ -113,12 +113,12 @@ function(alignops_add_cuda_test name)
 endfunction()
 
 # The one Python module, alignops._C: bindings plus the objects of every core.
-function(alignops_add_python_module source)
+function(alignops_add_python_module)
   find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module)
   find_package(pybind11 2.13 CONFIG REQUIRED)
   get_property(objects GLOBAL PROPERTY ALIGNOPS_OBJECTS)
   get_property(bindings GLOBAL PROPERTY ALIGNOPS_BINDINGS)
-  pybind11_add_module(_C MODULE NO_EXTRAS ${source} ${bindings})
+  pybind11_add_module(_C MODULE NO_EXTRAS ${ARGN} ${bindings})
   alignops_configure(_C)
   target_compile_definitions(
     _C

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "common/isa.h"
+#include "spans/bind.h"
 #include "spans/kernels.h"
 #include "ternary/kernels.h"
 
@@ -51,4 +52,5 @@ PYBIND11_MODULE(_C, m) {
         "Name of a kernel family that disagreed with the scalar code and was replaced by a slower "
         "one, or None.");
   m.def("build_info", &build_info, "Compiler, build type and torch version of the build.");
+  alignops::spans::bind_spans_store(m);
 }
