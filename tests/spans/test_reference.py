@@ -3,6 +3,7 @@
 import itertools
 import math
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -149,7 +150,7 @@ def test_allowed_text_excuses() -> None:
     unsafe, harmless = NaiveIndex([x], 20), NaiveIndex([x[:9]], 20)
     rule = Rule(min_len=2)
     exact, cover = (
-        Category(unsafe, rule._replace(allow_mode=mode), harmless) for mode in ("exact", "cover")
+        Category(unsafe, replace(rule, allow_mode=mode), harmless) for mode in ("exact", "cover")
     )
     assert passing_span(x, 0, 9, exact) is None
     whole = passing_span(x, 0, 12, exact)

@@ -4,6 +4,7 @@ Source: TraceAlign, arXiv 2508.02063.
 """
 
 from alignops.reference.spans.corpus import Attribution as Attribution
+from alignops.reference.spans.corpus import Document as Document
 from alignops.reference.spans.corpus import Hits as Hits
 from alignops.reference.spans.corpus import InfGram as InfGram
 from alignops.reference.spans.corpus import Match as Match

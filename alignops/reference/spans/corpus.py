@@ -75,6 +75,15 @@ class Attribution(NamedTuple):
     documents: tuple[int, ...]
 
 
+class Document(NamedTuple):
+    """A document: tokens int64 (n,), and what was stored with it."""
+
+    tokens: Ints
+    meta: Any
+    label: int | None
+    byte_offsets: Any
+
+
 class NaiveIndex:
     """All answers of a corpus index in one shard, found by looking everywhere.
 
@@ -187,9 +196,9 @@ class NaiveIndex:
         document = np.searchsorted(self.starts, position, side="right") - 1
         return Hits(np.zeros(k, np.int64), position, document, position - self.starts[document])
 
-    def document(self, d: int) -> list[int]:
-        """Tokens of a document."""
-        return self.docs[d]
+    def document(self, d: int) -> Document:
+        """Tokens of a document; nothing else is stored with it."""
+        return Document(np.array(self.docs[d], dtype=np.int64), None, None, None)
 
     # Matches
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,8 @@ COVER_LENGTH = 8  # matches with harmless text from this length on excuse their 
 PENALTY_CAP = 100.0
 
 
-class Rule(NamedTuple):
+@dataclass(frozen=True)
+class Rule:
     """When a span counts: severity * score > tau, long enough, rare enough, not excused.
 
     kind: "bci", "norm" or "max", which grow with the span. surprisal: -ln P by token; None: from
@@ -188,7 +190,9 @@ def cbd_weights(
     return a
 
 
-def cbd_penalty(logps: Tensor, mask: Tensor, weights: Tensor, carrier: str = "u") -> Tensor:
+def cbd_penalty(
+    logps: Tensor, mask: Tensor, weights: Tensor, carrier: str = "unlikelihood"
+) -> Tensor:
     """Sum over tokens of a_t u_t, u_t = -ln(1 - p_t) with ln p_t clamped to -1e-6.
 
     logps, mask, weights: (B, T). carrier "logp": u_t = max(ln p_t, -20). Returns (B,).
