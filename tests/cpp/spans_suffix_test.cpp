@@ -8,6 +8,7 @@
 #include <numeric>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "harness.h"
@@ -41,6 +42,24 @@ Ids naive(const Ids& text) {
   return order;
 }
 
+// The stream with the least memory that it accepts and some more, collected.
+uint64_t stream(SuffixJob job, uint64_t more) {
+  uint32_t* out = std::exchange(job.out, nullptr);
+  const uint64_t limit = job.text_size;
+  job.mem_bytes = radix_stream_bytes(job.text_size, job.token_bytes, job.vocab) + more;
+  uint64_t collected = 0;
+  const uint64_t size = build_radix_stream(job, [&](const uint32_t* positions, uint64_t count) {
+    expect(collected + count <= limit, "stream: more than the text");
+    out = std::copy_n(positions, count, out);
+    collected += count;
+  });
+  expect(collected == size, "stream: size");
+  return size;
+}
+
+uint64_t least_memory(const SuffixJob& job) { return stream(job, 0); }
+uint64_t more_memory(const SuffixJob& job) { return stream(job, 3 * job.text_size); }
+
 struct Build {
   const char* name;
   uint64_t (*run)(const SuffixJob& job);
@@ -48,6 +67,9 @@ struct Build {
 const std::vector<Build>& builds() {
   static const std::vector<Build> all = {
       {"sais", build_sais},
+      {"radix", build_radix},
+      {"stream, least memory", least_memory},
+      {"stream, more memory", more_memory},
   };
   return all;
 }
@@ -58,6 +80,9 @@ void check(const Ids& ids, uint32_t vocab, const Ids& expected, int threads,
   const Guarded<Token> text = narrow<Token>(ids);
   const ParallelFor parallel = threads == 1 ? serial_for() : threads_for(threads);
   for (const Build& build : builds()) {
+    if ((build.run == least_memory && ids.size() % 4 != 0) ||
+        (build.run == more_memory && ids.size() % 4 != 1))
+      continue;  // the streams take their time
     Guarded<uint32_t> out(static_cast<int64_t>(ids.size()));
     Progress progress;
     const SuffixJob job{text.data(), sizeof(Token), ids.size(), vocab,
@@ -193,9 +218,104 @@ void long_repeats() {
   check_order<uint16_t>(separators, 2, "separators only");
 }
 
+// More than what a thread sorts at a time.
+void large_buckets() {
+  Random random(3);
+  for (const uint32_t vocab : {1u, 2u, 5u}) {
+    Ids text;
+    for (int i = 0; i < 150000; ++i)
+      text.push_back(random.below(vocab == 1 ? 10 : 1000) == 0
+                         ? kSep
+                         : static_cast<uint32_t>(random.below(vocab)));
+    text.push_back(kSep);
+    check_widths(text, vocab, 2, "large buckets, vocabulary " + std::to_string(vocab));
+  }
+}
+
+// A separator per token, ids at both ends of a large vocabulary.
+void wide_vocabulary() {
+  Random random(4);
+  for (const uint32_t vocab : {70000u, 4194304u}) {
+    Ids text;
+    for (int i = 0; i < 3000; ++i)
+      text.push_back(random.below(4) == 0 ? kSep
+                                          : random.pick<uint32_t>({0, 1, 2, 65535, 65536, vocab / 2,
+                                                                   vocab - 2, vocab - 1}));
+    text.push_back(kSep);
+    const Ids expected = naive(text);
+    check<uint32_t>(text, vocab, expected, 2, "vocabulary " + std::to_string(vocab));
+  }
+}
+
+// In every phase that the watching thread notices in time.
+void cancelling() {
+  Random random(5);
+  const Ids ids = random_text(random, 400000, 20000, 1000);
+  const Guarded<uint16_t> text = narrow<uint16_t>(ids);
+  const ParallelFor parallel = threads_for(2);
+  std::vector<uint32_t> out(ids.size());
+  for (const Build& build : builds()) {
+    int cancelled = 0;
+    for (int phase = 0; phase < 5; ++phase) {
+      Progress progress;
+      progress.cancel = phase == 0;
+      std::atomic<bool> ended{false};
+      std::thread watcher([&] {
+        while (!ended && progress.phase < phase) std::this_thread::yield();
+        progress.cancel = true;
+      });
+      try {
+        build.run(SuffixJob{text.data(), 2, ids.size(), 20000, out.data(), parallel, progress, 0});
+      } catch (const Cancelled&) {
+        ++cancelled;
+      }
+      ended = true;
+      watcher.join();
+    }
+    expect(cancelled >= 2, std::string(build.name) + ": was not cancelled");
+  }
+}
+
+void reporting() {
+  Random random(6);
+  const Ids ids = random_text(random, 300000, 3000, 300);
+  const Guarded<uint16_t> text = narrow<uint16_t>(ids);
+  const ParallelFor parallel = threads_for(2);
+  std::vector<uint32_t> out(ids.size());
+  for (const Build& build : builds()) {
+    Progress progress;
+    build.run(SuffixJob{text.data(), 2, ids.size(), 3000, out.data(), parallel, progress, 0});
+    expect(progress.phase >= 2, std::string(build.name) + ": phases");
+    expect(progress.done <= progress.total && progress.done > progress.total / 2,
+           std::string(build.name) + ": progress " + std::to_string(progress.done) + " of " +
+               std::to_string(progress.total));
+  }
+}
+
+struct SinkFailed {};
+void failing_sink() {
+  const Ids ids = {1, 2, kSep};
+  const Guarded<uint8_t> text = narrow<uint8_t>(ids);
+  const ParallelFor parallel = serial_for();
+  Progress progress;
+  bool passed_on = false;
+  try {
+    build_radix_stream(SuffixJob{text.data(), 1, 3, 3, nullptr, parallel, progress, 1 << 24},
+                       [](const uint32_t*, uint64_t) { throw SinkFailed(); });
+  } catch (const SinkFailed&) {
+    passed_on = true;
+  }
+  expect(passed_on, "the sink's exception reaches the caller");
+}
+
 const test::Register kTests[] = {{"suffix arrays of random texts", random_texts},
                                  {"suffix arrays of every short text", every_short_text},
-                                 {"suffix arrays of long repeats", long_repeats}};
+                                 {"suffix arrays of long repeats", long_repeats},
+                                 {"suffix arrays with large buckets", large_buckets},
+                                 {"suffix arrays of wide vocabularies", wide_vocabulary},
+                                 {"builders can be cancelled", cancelling},
+                                 {"builders report progress", reporting},
+                                 {"a failing sink ends the stream", failing_sink}};
 
 }  // namespace
 }  // namespace alignops::spans
