@@ -88,4 +88,5 @@ def run(work: Callable[[library.SpanProgress], None], report: Reporter) -> None:
         raise
     thread.join()
     if failures:
-        raise failures[0]
+        # No cycle of exception and list may keep the files of the work open.
+        raise failures.pop()
