@@ -74,7 +74,11 @@ class CMakeBuild(build_ext):
 setup(
     packages=[*find_packages(include=["alignops", "alignops.*"]), "alignops.triton_kernels"],
     package_dir={"alignops.triton_kernels": "triton_kernels"},
-    package_data={"alignops": ["py.typed", "*.pyi"], "alignops.triton_kernels": ["configs/*.json"]},
+    package_data={
+        "alignops": ["py.typed", "*.pyi"],
+        "alignops.spans": ["report.html"],
+        "alignops.triton_kernels": ["configs/*.json"],
+    },
     ext_modules=[Extension("alignops._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

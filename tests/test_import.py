@@ -29,9 +29,12 @@ def python(
     )
 
 
-@pytest.mark.parametrize("module", ["alignops", "alignops.testing", "alignops.triton_kernels"])
+@pytest.mark.parametrize(
+    "module", ["alignops", "alignops.testing", "alignops.spans", "alignops.triton_kernels"]
+)
 def test_import_loads_no_optional_package(module: str) -> None:
     optional = ["triton", "transformers", "gguf", "typer", "rich", "tqdm", "matplotlib", "psutil"]
+    optional += ["tokenizers", "pyarrow"]
     # What torch itself imports is not our doing.
     code = f"import sys, torch; before = set(sys.modules); import {module}\n"
     code += f"print(*sorted((set(sys.modules) - before) & set({optional})))"
