@@ -13,23 +13,54 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 
-def as_ids(values: Any, op: str, argument: str = "ids", dims: int = 1) -> Ints:
-    """Integers of any kind (sequence, NumPy array, CPU tensor) as contiguous int64.
+# What the native code reads without a copy.
+_READ = tuple(np.dtype(name) for name in ("int64", "int32", "uint32", "uint16", "uint8"))
+
+
+def as_tokens(values: Any, op: str, argument: str = "ids", dims: int = 1) -> npt.NDArray[Any]:
+    """Integers of any kind (sequence, NumPy array, CPU tensor), contiguous, not copied if possible.
 
     Raises:
         TypeError: the values are not integers.
-        ValueError: they have another number of dimensions.
+        ValueError: they have another number of dimensions, or are on another device.
+        IndexError: a number is beyond int64.
     """
     if isinstance(values, torch.Tensor):
-        values = values.detach().cpu().numpy()
+        if values.device.type != "cpu":
+            raise ValueError(f"{op}: {argument} must be on the CPU, got device {values.device}")
+        values = values.detach().numpy()
     array = np.asarray(values)
     if array.size == 0 and array.dtype == np.float64 and not isinstance(values, np.ndarray):
         array = array.astype(np.int64)  # an empty list says nothing about its type
+    if array.dtype == np.object_ and all(isinstance(t, int) for t in array.flat):
+        raise IndexError(f"{op}: {argument} must be below 2^63, got {max(array.flat, key=abs)}")
     if array.dtype.kind not in "iu":
         raise TypeError(f"{op}: {argument} must be integers, got {array.dtype}")
     if array.ndim != dims:
         raise ValueError(f"{op}: {argument} must have {dims} dimensions, got shape {array.shape}")
-    return np.ascontiguousarray(array, dtype=np.int64)
+    if array.dtype == np.uint64:
+        array = np.minimum(array, np.iinfo(np.int64).max)
+    return np.ascontiguousarray(array, dtype=array.dtype if array.dtype in _READ else np.int64)
+
+
+def as_ids(values: Any, op: str, argument: str = "ids", dims: int = 1) -> Ints:
+    """`as_tokens`, but always int64."""
+    return as_tokens(values, op, argument, dims).astype(np.int64, copy=False)
+
+
+def as_mask(values: Any, op: str, argument: str) -> npt.NDArray[np.bool_]:
+    """Booleans, or integers as truth values, as a contiguous vector.
+
+    Raises:
+        TypeError: neither booleans nor integers.
+        ValueError: they have another shape.
+    """
+    array = np.asarray(values)
+    if array.size > 0 and array.dtype.kind not in "biu":
+        raise TypeError(f"{op}: {argument} must be booleans, got {array.dtype}")
+    if array.ndim != 1:
+        raise ValueError(f"{op}: {argument} must have 1 dimension, got shape {array.shape}")
+    return np.ascontiguousarray(array, dtype=np.bool_)
 
 
 def as_ragged(ids: Any, offsets: Any, op: str) -> tuple[Ints, Ints]:
