@@ -1,9 +1,16 @@
-"""For tests of code that uses alignops: run it on every CPU instruction set of the machine."""
+"""For tests of code that uses alignops: every CPU instruction set of the machine, small indexes."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from alignops import _native
+
+if TYPE_CHECKING:
+    from alignops.spans import SpanIndex
 
 
 def available_isas() -> tuple[str, ...]:
@@ -48,3 +55,23 @@ def use_isa(name: str) -> Iterator[None]:
     finally:
         _native.library.set_isa(before)
         _native.refresh()
+
+
+def span_index(docs: Iterable[Any], vocab_size: int, **options: Any) -> SpanIndex:
+    """An index in memory. It has no folder, so it cannot be pickled.
+
+    Args:
+        docs: documents, see `alignops.spans.build_index`.
+        vocab_size: size of the vocabulary.
+        options: further ones of `build_index`.
+
+    Example:
+        >>> span_index([[1, 2, 1, 2], [2, 1]], vocab_size=4).count([1, 2])
+        2
+    """
+    from alignops.spans import SpanIndex, build_index
+
+    options.setdefault("fingerprint", "testing")
+    with tempfile.TemporaryDirectory() as folder:
+        build_index(docs, f"{folder}/index", vocab_size=vocab_size, **options)
+        return SpanIndex.open(f"{folder}/index", mode="ram")

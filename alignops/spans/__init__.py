@@ -18,6 +18,14 @@ from alignops.spans.errors import IndexVersionError as IndexVersionError
 from alignops.spans.errors import NotAnIndexError as NotAnIndexError
 from alignops.spans.errors import ShardUnavailableError as ShardUnavailableError
 from alignops.spans.errors import TokenizerMismatchError as TokenizerMismatchError
+from alignops.spans.index import SpanIndex as SpanIndex
+from alignops.spans.results import Attribution as Attribution
+from alignops.spans.results import Document as Document
+from alignops.spans.results import Hits as Hits
+from alignops.spans.results import InfGram as InfGram
+from alignops.spans.results import Match as Match
+from alignops.spans.results import NextDist as NextDist
+from alignops.spans.results import Spans as Spans
 from alignops.spans.scores import bci as bci
 from alignops.spans.scores import token_surprisal as token_surprisal
 from alignops.spans.scores import unigram_probs as unigram_probs

@@ -53,4 +53,5 @@ PYBIND11_MODULE(_C, m) {
         "one, or None.");
   m.def("build_info", &build_info, "Compiler, build type and torch version of the build.");
   alignops::spans::bind_spans_store(m);
+  alignops::spans::bind_spans_index(m);
 }

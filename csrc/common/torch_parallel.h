@@ -1,4 +1,4 @@
-// torch's threads as a ParallelFor: they follow torch.set_num_threads.
+// torch's threads as a ParallelFor: they follow torch.set_num_threads. A forked process has one.
 #pragma once
 
 #include "parallel.h"
