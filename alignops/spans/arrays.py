@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -46,6 +47,15 @@ def as_tokens(values: Any, op: str, argument: str = "ids", dims: int = 1) -> npt
 def as_ids(values: Any, op: str, argument: str = "ids", dims: int = 1) -> Ints:
     """`as_tokens`, but always int64."""
     return as_tokens(values, op, argument, dims).astype(np.int64, copy=False)
+
+
+def as_int(value: Any, op: str, argument: str) -> int:
+    """A single integer. Raises TypeError for anything else."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        got = type(value).__name__
+        raise TypeError(f"{op}: {argument} must be an integer, got {got}") from None
 
 
 def as_mask(values: Any, op: str, argument: str) -> npt.NDArray[np.bool_]:

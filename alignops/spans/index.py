@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alignops._native import library
-from alignops.spans.arrays import Ints, as_ids, as_mask, as_tokens
+from alignops.spans.arrays import Ints, as_ids, as_int, as_mask, as_tokens
 from alignops.spans.results import (
     Attribution,
     Document,
@@ -216,7 +216,7 @@ class SpanIndex:
             [2, 1]
         """
         store = self._store
-        if not 0 <= d < self.n_docs:
+        if not 0 <= as_int(d, "document", "d") < self.n_docs:
             raise IndexError(f"document: d must lie in [0, {self.n_docs}), got {d}")
         return Document(
             store.document_tokens(d).astype(np.int64),
@@ -268,6 +268,7 @@ class SpanIndex:
             >>> sorted(zip(hits.document.tolist(), hits.offset.tolist()))
             [(0, 0), (0, 2), (1, 1)]
         """
+        limit = as_int(limit, "locate", "limit")
         return Hits(*self._index.locate(self._one("locate", "q", q), limit)[:4])
 
     # Matches
@@ -419,6 +420,9 @@ class SpanIndex:
             raise ValueError(f"attribute: preset must be paper or None, got {preset!r}")
         if not 0 <= share < math.inf:
             raise ValueError(f"attribute: share must not be negative, got {share}")
+        documents = as_int(documents, "attribute", "documents")
+        if documents < 0:
+            raise ValueError(f"attribute: documents must not be negative, got {documents}")
         if max_count is None and preset is not None:
             max_count = _PRESETS[preset]["max_count"]
         tokens = as_tokens(x, "attribute", "x")
@@ -498,6 +502,8 @@ class SpanIndex:
             >>> [a.tolist() for a in index.next_dist([2])[:2]]
             [[1], [2]]
         """
+        if max_support is not None:
+            max_support = as_int(max_support, "next_dist", "max_support")
         return NextDist(*self._index.next_dist(self._one("next_dist", "ctx", ctx), max_support))
 
     def eos_count(self, ctx: Any) -> int:
@@ -507,7 +513,7 @@ class SpanIndex:
     def _next(self, op: str, ctx: Any, t: int) -> tuple[int, int]:
         """M(ctx) and M(ctx t)."""
         context = self._one(op, "ctx", ctx)
-        after = self._index.next_counts(context, self._one(op, "t", [t]))
+        after = self._index.next_counts(context, self._one(op, "t", [as_int(t, op, "t")]))
         return int(self._index.count(context)[0]), int(after[0])
 
     def ngram_prob(self, ctx: Any, t: int) -> float:
@@ -550,6 +556,8 @@ def _filter(
     op: str, min_len: int, max_count: int | None, word_start: Any, delimiters: Any
 ) -> tuple[Any, ...]:
     """Arguments of the native maximal_spans."""
+    min_len = as_int(min_len, op, "min_len")
+    max_count = None if max_count is None else as_int(max_count, op, "max_count")
     mask = None if word_start is None else as_mask(word_start, op, "word_start")
     stops = None if delimiters is None else as_tokens(delimiters, op, "delimiters")
     return min_len, max_count, mask, stops
