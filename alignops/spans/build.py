@@ -23,6 +23,7 @@ from alignops.spans._shards import (
     Settings,
     ShardSink,
     available_memory,
+    builders_of,
     check_disk,
     finished_shard,
 )
@@ -327,7 +328,7 @@ def _settings(
     return Settings(
         vocab_size,
         int(token_bits) // 8,
-        builder,
+        builders_of(builder),
         shard_tokens,
         mem_bytes,
         directory_tokens,

@@ -328,8 +328,7 @@ FileReader::FileReader(int directory, const std::string& name, std::string path,
   read_exactly(file.fd, tail.data(), tail.size(), payload_end, path_);
   const unsigned char* at = tail.data() + (table - payload_end);
   if (!all_zero(tail.data(), at)) corrupt("the bytes after the payload are not zero");
-  for (uint64_t block = 0; block < blocks_; ++block)
-    table_.push_back(get<uint32_t>(at, 4 * block));
+  for (uint64_t block = 0; block < blocks_; ++block) table_.push_back(get<uint32_t>(at, 4 * block));
   summary_.table_crc = get<uint32_t>(at, 4 * blocks_);
   if (summary_.table_crc != crc32c(table_.data(), 4 * blocks_))
     corrupt("the block table does not have its checksum");
@@ -358,8 +357,8 @@ FileReader::~FileReader() {
 
 // Copies the payload into memory, checks it and lets go of the file.
 void FileReader::read_payload(const ParallelFor& parallel) {
-  memory_ = Pages(size());
-  auto* memory = static_cast<unsigned char*>(memory_.data());
+  memory_.resize(size());
+  unsigned char* memory = memory_.data();
   data_ = memory;
   std::mutex mutex;
   std::exception_ptr failure;

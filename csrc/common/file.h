@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "pages.h"
+#include "huge_vector.h"
 #include "parallel.h"
 
 namespace alignops {
@@ -152,8 +152,8 @@ class FileReader {
   FileHeader header_;
   FileSummary summary_;
   uint64_t blocks_ = 0;
-  void* map_ = nullptr;  // of the whole file
-  Pages memory_;         // or a copy of the payload
+  void* map_ = nullptr;               // of the whole file
+  HugeVector<unsigned char> memory_;  // or a copy of the payload
   const unsigned char* data_ = nullptr;
   std::vector<uint32_t> table_;
   std::unique_ptr<uint64_t[]> verified_;

@@ -76,6 +76,9 @@ std::span<const T> view(const std::optional<py::array_t<T, py::array::c_style>>&
 // -------------------------------------------------------------------------------------------------
 // Writing
 
+// Text and vocabulary together are smaller than this for the sais builder.
+constexpr uint64_t kSaisLimit = uint64_t{1} << 31;
+
 void add_run(ShardWriter& writer, const py::array& tokens,
              const py::array_t<int64_t, py::array::c_style>& ends,
              const std::optional<py::array_t<uint32_t, py::array::c_style>>& byte_offsets,
@@ -134,12 +137,14 @@ uint64_t builder_bytes(const std::string& name, uint64_t text_size, int32_t toke
                        uint64_t vocab_size) {
   switch (builder_of(name)) {
     case Builder::kSais:
-      return sais_bytes(text_size, token_bytes, vocab_size);
+      return text_size + vocab_size < kSaisLimit ? sais_bytes(text_size, token_bytes, vocab_size)
+                                                 : UINT64_MAX;
     case Builder::kRadix:
+      return radix_bytes(text_size, token_bytes, vocab_size);
     case Builder::kRadixStream:
       break;
   }
-  return UINT64_MAX;
+  return radix_stream_bytes(text_size, token_bytes, vocab_size);
 }
 
 void bind_writer(py::module_& m) {
@@ -184,7 +189,8 @@ void bind_writer(py::module_& m) {
       .def("info", &shard_dict, "What the manifest says of the shard.");
 
   m.def("spans_builder_bytes", &builder_bytes, py::arg("builder"), py::arg("text_size"),
-        py::arg("token_bytes"), py::arg("vocab_size"), "Peak memory of sorting a text.");
+        py::arg("token_bytes"), py::arg("vocab_size"),
+        "Peak memory of sorting a text; 2^64 - 1 if the builder cannot.");
   m.def(
       "spans_restamp",
       [](const std::string& path, const py::bytes& uuid, uint32_t shard, uint32_t shards) {

@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "../common/check.h"
-#include "../common/pages.h"
+#include "../common/huge_vector.h"
 #include "kernels.h"
 
 namespace alignops::spans {
@@ -281,11 +281,13 @@ void ShardWriter::sort(Builder builder, uint64_t mem_bytes, uint64_t directory_t
                   text_size,   layout_.vocab_size,
                   nullptr,     parallel,
                   progress,    mem_bytes};
-    ALIGNOPS_CHECK(builder == Builder::kSais, "builder");
-    {
-      const Pages suffixes(4 * text_size);
-      job.out = static_cast<uint32_t*>(suffixes.data());
-      const uint64_t sorted = build_sais(job);
+    if (builder == Builder::kRadixStream) {
+      build_radix_stream(
+          job, [&](const uint32_t* positions, uint64_t count) { output.add(positions, count); });
+    } else {
+      HugeVector<uint32_t> suffixes(text_size);
+      job.out = suffixes.data();
+      const uint64_t sorted = builder == Builder::kSais ? build_sais(job) : build_radix(job);
       progress.done = 0;
       progress.total = tokens;
       progress.phase = kWritePhase;

@@ -13,7 +13,7 @@ import torch
 
 from alignops import spans
 from alignops.spans import build_index, store
-from alignops.spans._shards import Settings
+from alignops.spans._shards import Settings, builders_of
 from alignops.spans.errors import IndexIncompleteError, TokenizerMismatchError
 from tests.spans.index_files import (
     check_shard,
@@ -369,7 +369,7 @@ def test_only_an_index_is_replaced(tmp_path: Path) -> None:
 def test_shards_shrink_to_fit_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("alignops.spans._shards._MIN_SHARD_TEXT", 100)
     docs = random_docs(np.random.default_rng(1), 200, 100, 80)
-    settings = Settings(200, 1, "sais", 2**30, 0, 2**26, False, False, False, False)
+    settings = Settings(200, 1, ("sais",), 2**30, 0, 2**26, False, False, False, False)
     mem = settings.bytes_of("sais", 1000)
     out = tmp_path / "index"
     report = build_index(docs, out, vocab_size=200, builder="sais", mem_bytes=mem)
@@ -378,9 +378,40 @@ def test_shards_shrink_to_fit_memory(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert max(sizes) <= 1000
     assert settings.bytes_of("sais", max(sizes)) <= mem
     docs.append([1] * 1500)
-    with pytest.raises(MemoryError, match=r"sorting 1501 tokens with builder='sais' needs \d+"):
+    with pytest.raises(MemoryError, match=r"sorting 1501 tokens by sais needs \d+"):
         build_index(docs, tmp_path / "other", vocab_size=200, builder="sais", mem_bytes=mem)
     only_index(tmp_path)
+
+
+@pytest.mark.parametrize("vocab_size", [200, 60_000, 1 << 23])
+def test_builders_give_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocab_size: int
+) -> None:
+    """Also batch by batch, as if memory did not suffice for the whole array."""
+    docs = random_docs(np.random.default_rng(4), 200, 100, 4000)
+    options: dict[str, Any] = {"vocab_size": vocab_size, "directory_tokens": 1}
+    for builder in ("auto", "sais", "radix"):
+        report = build_index(docs, tmp_path / builder, builder=builder, **options)
+        assert report.builders == builders_of(builder)[:1]
+    monkeypatch.setattr("alignops.spans.build.builders_of", lambda _: ("radix-stream",))
+    report = build_index(docs, tmp_path / "stream", mem_bytes=16 << 20, **options)
+    assert report.builders == ("radix-stream",)
+    for name in ("sais", "radix", "stream"):
+        assert contents(tmp_path / name) == contents(tmp_path / "auto"), name
+
+
+def test_text_larger_than_memory(tmp_path: Path) -> None:
+    """Where neither whole shards nor small ones fit, the array is made batch by batch."""
+    rng = np.random.default_rng(6)
+    docs = flat_of([rng.integers(0, 50, 2_000_000)], np.uint8)
+    settings = Settings(50, 1, ("radix-stream",), 0, 0, 0, False, False, False, False)
+    mem = settings.bytes_of("radix-stream", 2_000_001)
+    assert mem < settings.bytes_of("radix", 1 << 20)
+    options: dict[str, Any] = {"vocab_size": 50}
+    report = build_index(docs, tmp_path / "a", builder="radix", mem_bytes=mem, **options)
+    assert (report.builders, report.n_shards) == (("radix-stream",), 1)
+    build_index(docs, tmp_path / "b", **options)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 # Progress

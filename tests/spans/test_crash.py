@@ -80,9 +80,7 @@ def count_calls(die_at: int) -> list[int]:
 
 
 def killed_builds(folder: str) -> None:
-    """In a process of its own, which forks one per point: at calls, above all at the last fifth, and
-    at times.
-    """
+    """In a process that forks one per point: at calls, mostly in the last fifth, and at times."""
     out = Path(folder) / "index"
     build(out, OLD)
     documents(NEW)
