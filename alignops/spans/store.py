@@ -61,6 +61,12 @@ def _canonical(fields: dict[str, Any]) -> bytes:
     return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
+def encode_manifest(fields: dict[str, Any]) -> bytes:
+    """The bytes of a manifest: canonical JSON with the SHA-256 of what it is without that field."""
+    digest = hashlib.sha256(_canonical(fields)).hexdigest()
+    return _canonical({**fields, "sha256": digest}) + b"\n"
+
+
 def write_manifest(manifest: Manifest, folder: Path) -> None:
     """Write `index.json` through a temporary name: it is there as a whole or not at all."""
     from alignops import __version__
@@ -87,10 +93,9 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
             for s, shard in enumerate(manifest.shards)
         ],
     }
-    fields["sha256"] = hashlib.sha256(_canonical(fields)).hexdigest()
     temporary = folder / (MANIFEST + ".tmp")
     with temporary.open("wb") as file:
-        file.write(_canonical(fields) + b"\n")
+        file.write(encode_manifest(fields))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(folder / MANIFEST)
@@ -118,8 +123,7 @@ def read_manifest(data: bytes, path: Path) -> Manifest:
             f"which reads version {VERSION[0]}.x"
         )
     digest = fields.pop("sha256", None)
-    expected = hashlib.sha256(_canonical(fields)).hexdigest()
-    if digest != expected or data != _canonical({**fields, "sha256": digest}) + b"\n":
+    if data != encode_manifest(fields):
         raise IndexCorruptError(f"{path}: the manifest does not have its SHA-256 {digest}")
     shards = tuple(
         {

@@ -1,6 +1,7 @@
 #include "store.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <random>
 #include <utility>
@@ -45,9 +46,7 @@ class OpenShard {
       // Both tables are small, read by every search and not guarded block by block.
       const bool table = kind == kUni || kind == kDir;
       const std::string name = file_name(kind, number);
-      files_[kind] = std::make_unique<FileReader>(
-          folder, name, path + "/" + name, kFormat,
-          table || mode == Mode::kRam ? FileMode::kRam : FileMode::kMmap, parallel);
+      files_[kind] = open_file(folder, path, name, table ? Mode::kRam : mode, parallel);
       const FileReader& file = *files_[kind];
       const FileHeader& header = file.header();
       expect(file, header.kind == kCodes[kind], "is of another kind");
@@ -136,6 +135,20 @@ class OpenShard {
   }
 
  private:
+  static std::unique_ptr<const FileReader> open_file(int folder, const std::string& path,
+                                                     const std::string& name, Mode mode,
+                                                     const ParallelFor& parallel) {
+    const std::string whole = path + "/" + name;
+    try {
+      return std::make_unique<const FileReader>(
+          folder, name, whole, kFormat, mode == Mode::kRam ? FileMode::kRam : FileMode::kMmap,
+          parallel);
+    } catch (const FileError& error) {
+      if (error.code != ENOENT) throw;
+      throw IndexCorruptError(whole + ": the file is missing");
+    }
+  }
+
   const uint64_t* offsets(Kind kind) const {
     return reinterpret_cast<const uint64_t*>(file(kind)->data());
   }
@@ -259,7 +272,7 @@ class OpenShard {
   IndexInfo info_;
   ShardInfo shard_;
   bool lazy_;
-  std::array<std::unique_ptr<FileReader>, kNumKinds> files_;
+  std::array<std::unique_ptr<const FileReader>, kNumKinds> files_;
   std::vector<uint32_t> ids_;
   std::vector<uint64_t> first_;
   Shard view_{};
