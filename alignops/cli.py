@@ -85,6 +85,19 @@ def demo_arenas(
         arenas.run(minutes, steps, checkpoint, resume, arenas.Setting(residual=not direct))
 
 
+def _bench(core: str, quick: bool, only: str, out: Path | None, more: tuple[str, ...] = ()) -> None:
+    root = Path(__file__).parents[1]
+    if not (root / "benchmarks").is_dir():
+        sys.exit("alignops bench: benchmarks are not part of the package; run it in a checkout")
+    sys.path.insert(0, str(root))
+    report = importlib.import_module("benchmarks.report")
+    arguments = ["--core", core, *more]
+    arguments += ["--quick"] if quick else []
+    arguments += ["--only", only] if only else []
+    arguments += ["--out", str(out)] if out else []
+    report.main(arguments)
+
+
 @bench.command("ternary")
 def bench_ternary(
     quick: Annotated[bool, typer.Option(help="One matrix, three rounds.")] = False,
@@ -92,12 +105,15 @@ def bench_ternary(
     out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
 ) -> None:
     """Measure the ternary core against its floors and peers; writes Markdown, JSON and a plot."""
-    root = Path(__file__).parents[1]
-    if not (root / "benchmarks").is_dir():
-        sys.exit("alignops bench: benchmarks are not part of the package; run it in a checkout")
-    sys.path.insert(0, str(root))
-    report = importlib.import_module("benchmarks.report")
-    arguments = ["--quick"] if quick else []
-    arguments += ["--only", only] if only else []
-    arguments += ["--out", str(out)] if out else []
-    report.main(arguments)
+    _bench("ternary", quick, only, out)
+
+
+@bench.command("spans")
+def bench_spans(
+    quick: Annotated[bool, typer.Option(help="A small corpus, three rounds.")] = False,
+    only: Annotated[str, typer.Option(help="Sections, comma separated; default all.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
+    tokens: Annotated[str, typer.Option(help="Sizes of the corpus, comma separated.")] = "",
+) -> None:
+    """Measure the spans core against its floors and peers; writes Markdown, JSON and a plot."""
+    _bench("spans", quick, only, out, ("--tokens", tokens) if tokens else ())

@@ -26,6 +26,12 @@ def limits(threads: int) -> roofline.Roofline:
     return roofline.measure(threads)
 
 
+@functools.cache
+def random_read() -> float:
+    """Seconds per random read of one thread with many in flight."""
+    return min(roofline.random_reads(roofline.BUFFER_BYTES // 8).values())
+
+
 @pytest.fixture(params=THREADS, ids=lambda t: f"{t}t")
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
@@ -36,10 +42,16 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.fixture
 def measure(benchmark: BenchmarkFixture, threads: int) -> Callable[..., None]:
-    """`measure(runner, lookups=, macs=, cold=, **info)`: times it and records floor and ratio."""
+    """`measure(runner, cold=, lookups=, macs=, reads=, **info)`: records time, floor and ratio."""
 
     def run(
-        runner: Runner, *, cold: bool, lookups: float = 0.0, macs: float = 0.0, **info: object
+        runner: Runner,
+        *,
+        cold: bool,
+        lookups: float = 0.0,
+        macs: float = 0.0,
+        reads: float = 0.0,
+        **info: object,
     ) -> None:
         with torch.no_grad():
             benchmark.pedantic(runner.run, rounds=7, warmup_rounds=1)
@@ -50,11 +62,12 @@ def measure(benchmark: BenchmarkFixture, threads: int) -> Callable[..., None]:
             cold=cold,
             calls=runner.calls,
             bytes=runner.weight_bytes,
-            ops=lookups or macs,
+            ops=lookups or macs or reads,
         )
         if benchmark.disabled:
             return
         floor = limits(threads).floor(runner.weight_bytes if cold else 0, lookups, macs)
+        floor = max(floor, reads * random_read() / threads)
         median = benchmark.stats.stats.median / runner.calls
         benchmark.extra_info.update(floor_s=floor, median_s=median, ratio=floor / median)
 

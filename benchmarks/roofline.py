@@ -1,10 +1,10 @@
-"""What this machine can do at best, measured: read bandwidth and instruction rates.
+"""What this machine can do at best, measured: read bandwidth, instruction rates, memory latency.
 
     python -m benchmarks.roofline
 
 Bandwidth is the best median over a few access patterns of plain vector loads from a buffer of 512
 MiB (no copy, no store), in the same kind of memory the weights live in (`torch.empty`). Rates are
-of one core, registers only.
+of one core, registers only. Latency is that of dependent reads of random cache lines.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from benchmarks.timing import Runner
 
 BUFFER_BYTES = 512 << 20
 PATTERNS = (1, 2, 4, 8)  # cursors per thread
+CHAINS = (1, 4, 16, 32)  # independent chains of dependent reads on one thread
+LINE_BYTES = 64
 MACS_PER_DOT = {"vpdpbusd": 64, "vpmaddubsw": 32}
 
 
@@ -134,6 +136,36 @@ def instruction_rates(seconds: float = 0.1) -> dict[str, float]:
     return rates
 
 
+def random_reads(nbytes: int, repeats: int = 5, steps: int = 100_000) -> dict[int, float]:
+    """Seconds per read of a random cache line among `nbytes`, by the chains that one thread has.
+
+    The next line of a chain is known only when the last one has arrived; so one chain shows the
+    latency (with the misses of the address translation), and k chains what k searches in flight
+    can reach.
+    """
+    count = nbytes // LINE_BYTES
+    rng = np.random.default_rng(0)
+    order = rng.permutation(count).astype(np.uint32)
+    lines = np.zeros((count, LINE_BYTES // 4), np.uint32)
+    lines[order, 0] = np.roll(order, -1)
+    probe = native.load("probe").probe_chase
+    probe.restype = ctypes.c_double
+    found = {}
+    for chains in CHAINS:
+        cursors = np.ascontiguousarray(rng.choice(order, chains))
+        times = [
+            probe(
+                ctypes.c_void_p(lines.ctypes.data),
+                ctypes.c_void_p(cursors.ctypes.data),
+                ctypes.c_int(chains),
+                ctypes.c_int64(steps // chains),
+            )
+            for _ in range(repeats)
+        ]
+        found[chains] = statistics.median(times) / (steps // chains * chains)
+    return found
+
+
 def measure(threads: int) -> Roofline:
     """Measures bandwidth and rates now."""
     rates = {name: threads * rate for name, rate in instruction_rates().items()}
@@ -146,6 +178,8 @@ def main() -> None:
         print(f"{name:12s} {rate / 1e9:6.2f} G/s on one core")
     for threads in sorted({1, torch.get_num_threads()}):
         print(f"read         {read_bandwidth(threads) / 1e9:6.1f} GB/s with {threads} thread(s)")
+    for chains, seconds in random_reads(BUFFER_BYTES).items():
+        print(f"random read  {seconds * 1e9:6.1f} ns with {chains} chain(s) on one thread")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The measuring instruments: baselines compute what they claim, reports say what was measured."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -91,18 +92,29 @@ def test_report_says_hit_and_missed() -> None:
     assert "| speed | c | 9 x |  |  |" in render.bars(document)
 
 
+def test_report_of_what_should_be_small() -> None:
+    from benchmarks import render, report
+
+    low, high = (report.Bar("time", "c", v, 2.0, "ms", at_most=True) for v in (1.5, 2.5))
+    assert (low.hit, high.hit) == (True, False)
+    document = {"bars": [{**dataclasses.asdict(b), "hit": b.hit} for b in (low, high)]}
+    assert "| time | <= 2 | 1.5 - 2.5 ms | **missed in part**, 1 of 2 |" in render.summary(document)
+
+
 def test_figures_go_between_their_marks() -> None:
-    from benchmarks import render
+    from benchmarks import render, ternary_figures
 
     environment = {"cores": 2, "cpu": "a CPU", "date": "2026-01-01T00:00:00"}
-    case = f"{render.README_CASE}, 2 threads"
+    case = f"{ternary_figures.README_CASE}, 2 threads"
     measured = [
         {"case": case, "name": "alignops a8g", "seconds": 1e-4},
         {"case": case, "name": "torch bf16", "seconds": 2e-3},
     ]
     document = {"environment": environment, "measurements": measured}
     page = "top\n<!-- figures: old -->\nwrong\n<!-- end of figures -->\nbottom\n"
-    new = render.with_figures(page, document, "new")
+    figures = ternary_figures.readme(document, "new")
+    assert render.with_figures(page, "spans", "new", figures) == page
+    new = render.with_figures(page, "ternary", "new", figures)
     assert new.startswith("top\n<!-- figures: new -->")
     assert new.endswith("-->\nbottom\n")
     assert "| torch bf16 | 2000 | 20.0 x |" in new

@@ -4,7 +4,8 @@
 //
 // probe_read streams one buffer through `threads` threads, each with `streams` sequential cursors,
 // and ORs what it loads, so that no store and no copy takes part. The instruction probes run
-// independent chains in registers only.
+// independent chains in registers only. probe_chase follows chains of dependent reads: one chain
+// shows the latency of memory, many show how far it can be hidden.
 #include <barrier>
 #include <chrono>
 #include <cstddef>
@@ -92,6 +93,20 @@ TARGET_AVX2 void body_vpmaddubsw() { asm volatile(THIRTY_TWO("vpmaddubsw", "ymm"
 TARGET_AVX512 void body_fma512() { asm volatile(THIRTY_TWO("vfmadd231ps", "zmm")::: CLOBBER); }
 TARGET_AVX2 void body_fma256() { asm volatile(THIRTY_TWO("vfmadd231ps", "ymm")::: CLOBBER); }
 
+// Follows `chains` cycles through lines of 64 bytes; the first 4 bytes of a line name the next one.
+template <int kChains>
+double chase(const uint32_t* lines, uint32_t* cursors, int64_t steps) {
+  uint32_t at[kChains];
+  for (int c = 0; c < kChains; ++c) at[c] = cursors[c];
+  const auto start = Clock::now();
+  for (int64_t s = 0; s < steps; ++s) {
+    for (int c = 0; c < kChains; ++c) at[c] = lines[size_t{at[c]} * 16];
+  }
+  const double seconds = seconds_since(start);
+  for (int c = 0; c < kChains; ++c) cursors[c] = at[c];
+  return seconds;
+}
+
 }  // namespace
 
 extern "C" {
@@ -120,6 +135,23 @@ uint64_t probe_read(const uint8_t* p, size_t bytes, int threads, int streams, in
   uint64_t all = 0;
   for (uint64_t s : sums) all ^= s;
   return all;
+}
+
+// Seconds of `steps` steps of each of `chains` chains on this thread; the cursors are moved on.
+// Negative: this number of chains is not compiled.
+double probe_chase(const uint32_t* lines, uint32_t* cursors, int chains, int64_t steps) {
+  switch (chains) {
+    case 1:
+      return chase<1>(lines, cursors, steps);
+    case 4:
+      return chase<4>(lines, cursors, steps);
+    case 16:
+      return chase<16>(lines, cursors, steps);
+    case 32:
+      return chase<32>(lines, cursors, steps);
+    default:
+      return -1;
+  }
 }
 
 // Instructions per second on one core. The caller asks only for what the CPU has.
