@@ -93,6 +93,9 @@ class SpanIndex:
     def locate(
         self, batch: SpanBatch, limit: int
     ) -> tuple[NDArray[int64], NDArray[int64], NDArray[int64], NDArray[int64], NDArray[int64]]: ...
+    def hits(
+        self, shard: int, ranks: NDArray[int64]
+    ) -> tuple[NDArray[int64], NDArray[int64], NDArray[int64], NDArray[int64]]: ...
     def match(
         self, batch: SpanBatch, max_match: int, counts: bool
     ) -> tuple[NDArray[int64], NDArray[int64]]: ...

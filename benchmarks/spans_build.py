@@ -54,7 +54,13 @@ def _alignops(builder: str) -> Prepare:
         del tokens
 
         def run() -> None:
-            spans.build_index(documents, out, vocab_size=corpus.VOCABULARY, builder=builder)
+            spans.build_index(
+                documents,
+                out,
+                vocab_size=corpus.VOCABULARY,
+                builder=builder,
+                fingerprint="SmolLM2",
+            )
 
         return run
 

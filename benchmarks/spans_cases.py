@@ -157,9 +157,8 @@ def compare_spans(index: SpanIndex, engine: InfiniGram, rows: list[Tokens]) -> s
         same += len(mine & set(theirs))
         differ += len(mine ^ set(theirs))
     return (
-        f"{len(index.counts)} tokens in the vocabulary; of the spans of {len(rows)} completions in "
-        f"{index.n_tokens / 1e6:.1f} M tokens, {same} are the same for infini-gram and alignops, "
-        f"{differ} are found by one only."
+        f"Spans of {len(rows)} completions in {index.n_tokens / 1e6:.1f} M tokens: {same} are the "
+        f"same for infini-gram and alignops, {differ} are found by one only."
     )
 
 

@@ -271,6 +271,22 @@ class SpanIndex:
         limit = as_int(limit, "locate", "limit")
         return Hits(*self._index.locate(self._one("locate", "q", q), limit)[:4])
 
+    def hits(self, shard: int, ranks: Any) -> Hits:
+        """Where the suffixes at these ranks of a shard begin; `find` gives ranks.
+
+        Raises:
+            IndexError: there is no such shard or rank.
+
+        Example:
+            >>> from alignops.testing import span_index
+            >>> index = span_index([[1, 2, 1, 2], [2, 1]], vocab_size=4)
+            >>> (lo, hi), = index.find([1])
+            >>> hits = index.hits(0, range(lo, hi))
+            >>> sorted(zip(hits.document.tolist(), hits.offset.tolist()))
+            [(0, 0), (0, 2), (1, 1)]
+        """
+        return Hits(*self._index.hits(shard, as_ids(ranks, "hits", "ranks")))
+
     # Matches
 
     def _match(self, x: Any) -> Match:

@@ -97,6 +97,13 @@ py::tuple locate(const Index& self, const Batch& batch, int64_t limit) {
                         array_of(std::move(hits.row)));
 }
 
+py::tuple hits(const Index& self, int64_t shard, const Longs& ranks) {
+  const std::span<const int64_t> from(ranks.data(), static_cast<size_t>(ranks.size()));
+  Hits hits = without_gil([&] { return self.hits(shard, from); });
+  return py::make_tuple(array_of(std::move(hits.shard)), array_of(std::move(hits.position)),
+                        array_of(std::move(hits.document)), array_of(std::move(hits.offset)));
+}
+
 py::tuple next_dist(const Index& self, const Batch& context, std::optional<int64_t> max_support) {
   Next next = without_gil([&] { return self.next_dist(context, max_support); });
   return py::make_tuple(array_of(std::move(next.ids)), array_of(std::move(next.counts)),
@@ -132,6 +139,8 @@ void bind_spans_index(py::module_& m) {
           py::arg("batch"), "Ranks [lo, hi) of each row in each shard, (rows, shards, 2).")
       .def("locate", &locate, py::arg("batch"), py::arg("limit"),
            "Shard, position, document, offset and row of some occurrences of each row.")
+      .def("hits", &hits, py::arg("shard"), py::arg("ranks"),
+           "Shard, position, document and offset of the suffixes at some ranks.")
       .def("match", &match, py::arg("batch"), py::arg("max_match"), py::arg("counts"),
            "Matching statistics and the counts of these matches, or an empty array.")
       .def(

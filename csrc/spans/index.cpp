@@ -163,18 +163,42 @@ Hits Index::locate(const Batch& batch, int64_t limit) const {
   for (auto* values : {&hits.position, &hits.document, &hits.offset})
     values->resize(hits.row.size());
   for (int32_t s = 0; s < shards; ++s) {
-    const std::vector<int64_t>& from = ranks[index(s)];
-    std::vector<int64_t> positions(from.size());
-    search(s, static_cast<int64_t>(from.size()), [&](const Shard& shard, int64_t b, int64_t e) {
-      return kernels.positions(shard, {from.data(), positions.data()}, b, e);
-    });
-    for (size_t i = 0; i < from.size(); ++i) {
+    const Hits part = hits_at(kernels, s, ranks[index(s)]);
+    for (size_t i = 0; i < part.position.size(); ++i) {
       const size_t at = index(slots[index(s)][i]);
-      const Place owner = store_->place(s, static_cast<uint64_t>(positions[i]));
-      hits.position[at] = positions[i];
-      hits.document[at] = static_cast<int64_t>(owner.document);
-      hits.offset[at] = static_cast<int64_t>(owner.offset);
+      hits.position[at] = part.position[i];
+      hits.document[at] = part.document[i];
+      hits.offset[at] = part.offset[i];
     }
+  }
+  return hits;
+}
+
+Hits Index::hits(int64_t s, std::span<const int64_t> ranks) const {
+  if (s < 0 || s >= num_shards())
+    throw std::out_of_range(message("hits: shard must lie in [0, ", num_shards(), "), got ", s));
+  const Kernels& kernels = begin_batch();
+  const auto shard = static_cast<int32_t>(s);
+  const auto size = static_cast<int64_t>(store_->shard(shard).suf_size);
+  for (const int64_t rank : ranks)
+    if (rank < 0 || rank >= size)
+      throw std::out_of_range(
+          message("hits: ranks of shard ", s, " must lie in [0, ", size, "), got ", rank));
+  return hits_at(kernels, shard, ranks);
+}
+
+// Of ranks that exist; without rows.
+Hits Index::hits_at(const Kernels& kernels, int32_t s, std::span<const int64_t> ranks) const {
+  Hits hits;
+  hits.shard.assign(ranks.size(), s);
+  for (auto* values : {&hits.position, &hits.document, &hits.offset}) values->resize(ranks.size());
+  search(s, std::ssize(ranks), [&](const Shard& shard, int64_t b, int64_t e) {
+    return kernels.positions(shard, {ranks.data(), hits.position.data()}, b, e);
+  });
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    const Place owner = store_->place(s, static_cast<uint64_t>(hits.position[i]));
+    hits.document[i] = static_cast<int64_t>(owner.document);
+    hits.offset[i] = static_cast<int64_t>(owner.offset);
   }
   return hits;
 }

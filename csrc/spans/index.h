@@ -76,6 +76,9 @@ class Index {
   // min(M, limit) occurrences of each row, M its count over all shards: those at the ranks
   // floor((2 i + 1) M / (2 limit)) of the intervals of all shards, one after the other.
   Hits locate(const Batch& batch, int64_t limit) const;
+  // The suffixes at these ranks of a shard, without rows. Throws std::out_of_range for what does
+  // not exist.
+  Hits hits(int64_t shard, std::span<const int64_t> ranks) const;
 
   // Matching statistics, (size): from each token of a row the longest match inside the row, at
   // most max_match, and its count unless `counts` is null.
@@ -104,6 +107,7 @@ class Index {
   };
 
   const Kernels& begin_batch() const;
+  Hits hits_at(const Kernels& kernels, int32_t s, std::span<const int64_t> ranks) const;
   uint32_t token(const Batch& batch, int64_t i) const;
   template <class Call>
   void search(int32_t s, int64_t items, const Call& call) const;

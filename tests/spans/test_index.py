@@ -263,6 +263,18 @@ def test_sampled_next_tokens(tmp_path: Path) -> None:
         assert equal(sample[:2], ([0, 1, 2], [taken.count(t) for t in range(3)]))
 
 
+def test_places_of_ranks(tmp_path: Path) -> None:
+    docs = [[1, 2, 1, 2], [], [2, 1], [1, 2, 2]]
+    with opened(Corpus(docs, 4, [1, 2]), tmp_path / "index", 3) as index:
+        intervals = index.find([1, 2]).tolist()
+        hits = [index.hits(s, range(lo, hi)) for s, (lo, hi) in enumerate(intervals)]
+        for mine, whole in zip(zip(*hits, strict=True), index.locate([1, 2], 9), strict=True):
+            assert equal(np.concatenate(mine), whole)
+        for shard, ranks, text in ((0, [9], "ranks"), (1, [-1], "ranks"), (9, [], "shard")):
+            with pytest.raises(IndexError, match=f"hits: {text}"):
+                index.hits(shard, ranks)
+
+
 def test_longest_match_is_capped(tmp_path: Path) -> None:
     x = [3] * 5000
     with opened(Corpus([x], 4, [3]), tmp_path / "index") as index:
