@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from tests.ternary import samples
+from tests.spans import samples as spans
+from tests.ternary import samples as ternary
 
-VALID = {**samples.VALID}
+VALID = {**ternary.VALID, **spans.VALID}
+INVALID = {**ternary.INVALID, **spans.INVALID}
 
 
 def operators() -> set[str]:
@@ -21,7 +23,7 @@ def operators() -> set[str]:
 
 def test_every_operator_has_samples() -> None:
     assert operators() == set(VALID)
-    assert set(samples.INVALID) == set(VALID)
+    assert set(INVALID) == set(VALID)
 
 
 @pytest.mark.parametrize("name", sorted(VALID))

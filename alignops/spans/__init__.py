@@ -19,6 +19,10 @@ from alignops.spans.errors import NotAnIndexError as NotAnIndexError
 from alignops.spans.errors import ShardUnavailableError as ShardUnavailableError
 from alignops.spans.errors import TokenizerMismatchError as TokenizerMismatchError
 from alignops.spans.index import SpanIndex as SpanIndex
+from alignops.spans.matcher import MatchRule as MatchRule
+from alignops.spans.matcher import MatchState as MatchState
+from alignops.spans.matcher import Peek as Peek
+from alignops.spans.matcher import SpanMatcher as SpanMatcher
 from alignops.spans.results import Attribution as Attribution
 from alignops.spans.results import Document as Document
 from alignops.spans.results import Hits as Hits

@@ -54,4 +54,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Compiler, build type and torch version of the build.");
   alignops::spans::bind_spans_store(m);
   alignops::spans::bind_spans_index(m);
+  alignops::spans::bind_spans_matcher(m);
 }

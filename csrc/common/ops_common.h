@@ -40,6 +40,10 @@ inline const char* dtype_name(ScalarType t) {
       return "float64";
     case ScalarType::Byte:
       return "uint8";
+    case ScalarType::UInt16:
+      return "uint16";
+    case ScalarType::UInt32:
+      return "uint32";
     case ScalarType::Char:
       return "int8";
     case ScalarType::Int:
@@ -84,8 +88,9 @@ inline void check_device(const Tensor& t, int32_t device, const char* op, const 
 }
 
 // A tensor that the kernels read as it lies in memory.
-inline void check_layout(const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> shape,
-                         const char* op, const char* argument, int32_t device = kCpu) {
+template <class Shape = std::initializer_list<int64_t>>
+void check_layout(const Tensor& t, ScalarType dtype, const Shape& shape, const char* op,
+                  const char* argument, int32_t device = kCpu) {
   check_device(t, device, op, argument);
   ALIGNOPS_CHECK(t.scalar_type() == dtype, op, ": ", argument, " must be ", dtype_name(dtype),
                  ", got ", dtype_name(t.scalar_type()));

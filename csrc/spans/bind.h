@@ -7,5 +7,6 @@ namespace alignops::spans {
 
 void bind_spans_store(pybind11::module_& m);
 void bind_spans_index(pybind11::module_& m);
+void bind_spans_matcher(pybind11::module_& m);
 
 }  // namespace alignops::spans

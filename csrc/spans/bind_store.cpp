@@ -263,6 +263,30 @@ py::array document_tokens(const Store& store, uint64_t d) {
   }
 }
 
+// Text and SUF of a shard, copied: what the operators on tensors take.
+py::tuple shard_arrays(const Store& store, int32_t s) {
+  if (s < 0 || s >= store.num_shards())
+    throw std::out_of_range(
+        message("SpanStore: shard must lie in [0, ", store.num_shards(), "), got ", s));
+  const Shard& shard = store.shard(s);
+  const auto size = static_cast<py::ssize_t>(shard.suf_size);
+  const bool packed = shard.pointer_bytes == 5;
+  const py::array text(py::dtype(message("u", shard.token_bytes)),
+                       static_cast<py::ssize_t>(shard.text_size));
+  const py::array suf = packed ? py::array(py::dtype("u1"), std::vector<py::ssize_t>{size, 5})
+                               : py::array(py::dtype("u4"), size);
+  store.check_sizes();
+  void *to_text = const_cast<void*>(text.data()), *to_suf = const_cast<void*>(suf.data());
+  const auto text_bytes = static_cast<size_t>(text.nbytes()),
+             suf_bytes = static_cast<size_t>(suf.nbytes());
+  {
+    const py::gil_scoped_release release;
+    std::memcpy(to_text, shard.text, text_bytes);
+    std::memcpy(to_suf, shard.suf, suf_bytes);
+  }
+  return py::make_tuple(text, suf);
+}
+
 void bind_reader(py::module_& m) {
   py::class_<Store, std::shared_ptr<Store>>(
       m, "SpanStore", "An opened index. Immutable; all calls may come from any thread.")
@@ -285,6 +309,8 @@ void bind_reader(py::module_& m) {
           "(None, int64 (V,)) or, for large vocabularies, (ids uint32 (k,), int64 (k,)).")
       .def("first_document", &Store::first_document, py::arg("shard"))
       .def("document_tokens", &document_tokens, py::arg("document"), "A copy, in stored width.")
+      .def("arrays", &shard_arrays, py::arg("shard"),
+           "Copies of the text and of SUF, uint32 (n,) or uint8 (n, 5); nothing is verified.")
       .def(
           "place",
           [](const Store& store, int32_t shard, uint64_t position) {

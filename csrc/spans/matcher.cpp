@@ -18,6 +18,13 @@ constexpr int64_t kSmallestCapacity = 64;
 
 }  // namespace
 
+void check_surprisal(std::span<const double> surprisal, const char* op) {
+  for (size_t t = 0; t < surprisal.size(); ++t)
+    ALIGNOPS_CHECK(std::isfinite(surprisal[t]) && surprisal[t] >= 0, op,
+                   ": surprisal must be finite and not negative, got ", surprisal[t], " for token ",
+                   t);
+}
+
 Matcher::Matcher(Source unsafe, std::optional<Source> allow, MatchRule rule, int64_t batch,
                  int64_t max_match)
     : rule_(std::move(rule)), max_match_(max_match) {
@@ -33,11 +40,6 @@ Matcher::Matcher(Source unsafe, std::optional<Source> allow, MatchRule rule, int
       !allow || rule_.allow != MatchRule::Allow::kCover || max_match >= MatchRule::kCoverLength,
       name, "max_match must be at least ", MatchRule::kCoverLength, " for allow_mode 'cover', got ",
       max_match);
-  const std::vector<double>& u = *rule_.surprisal;
-  for (size_t t = 0; t < u.size(); ++t)
-    ALIGNOPS_CHECK(std::isfinite(u[t]) && u[t] >= 0, name,
-                   "surprisal must be finite and not negative, got ", u[t], " for token ", t);
-  if (!u.empty()) most_surprising_ = *std::max_element(u.begin(), u.end());
   const auto side = [](Source source) {
     Side out{std::move(source), 0, {}, {}};
     out.width = out.source.shards.empty() ? 1 : out.source.shards[0].token_bytes;
@@ -47,8 +49,8 @@ Matcher::Matcher(Source unsafe, std::optional<Source> allow, MatchRule rule, int
   if (allow) allow_ = side(std::move(*allow));
   each_side([&](const Side& s) {
     for (const Shard& shard : s.source.shards)
-      ALIGNOPS_CHECK(shard.vocab == u.size(), name, "surprisal must have ", shard.vocab,
-                     " elements (vocab_size), got ", u.size());
+      ALIGNOPS_CHECK(shard.vocab == vocab(), name, "surprisal must have ", shard.vocab,
+                     " elements (vocab_size), got ", vocab());
   });
   grow(batch, kSmallestCapacity);
   for (int64_t i = 0; i < batch; ++i) rows_.push_back({.slot = i});

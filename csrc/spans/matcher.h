@@ -30,7 +30,7 @@ namespace alignops::spans {
 
 // The shards of an index.
 struct Source {
-  std::vector<Shard> shards;          // none may be empty
+  std::vector<Shard> shards;
   std::shared_ptr<const void> owner;  // of what they point to
   // Called before each batch of searches; throws.
   std::function<void()> check;
@@ -52,9 +52,13 @@ struct MatchRule {
   double severity = 1;
   int64_t min_len = 8;
   int64_t max_count = INT64_MAX;
-  double log_tokens = 1;                                 // ln N
-  std::shared_ptr<const std::vector<double>> surprisal;  // of each token, finite and >= 0
+  double log_tokens = 1;              // ln N
+  std::span<const double> surprisal;  // of each token, finite and >= 0: see check_surprisal
+  std::shared_ptr<const void> owner;  // of `surprisal`
 };
+
+// Throws std::invalid_argument, with `op` in its text.
+void check_surprisal(std::span<const double> surprisal, const char* op);
 
 // The longest match at the end of a row.
 struct MatchState {
@@ -72,7 +76,7 @@ class Matcher {
           int64_t max_match);
 
   int64_t batch() const { return static_cast<int64_t>(rows_.size()); }
-  uint64_t vocab() const { return rule_.surprisal->size(); }
+  uint64_t vocab() const { return rule_.surprisal.size(); }
 
   // Row i becomes what row parent[i] was, followed by tokens[i]; without parents, row i. With them
   // the number of rows may change. Tokens of rows that are not active are ignored. Throws
@@ -182,7 +186,7 @@ class Matcher {
                  std::vector<std::pair<int64_t, int64_t>>& pairs) const;
 
   // Scores.
-  double surprisal(int64_t token) const { return (*rule_.surprisal)[static_cast<size_t>(token)]; }
+  double surprisal(int64_t token) const { return rule_.surprisal[static_cast<size_t>(token)]; }
   double risk(double bci, double largest) const;
   bool passes(int64_t length, int64_t count) const;
   std::vector<double> peaks(const Row& row, int64_t length) const;
@@ -193,7 +197,6 @@ class Matcher {
 
   MatchRule rule_;
   int64_t max_match_;
-  double most_surprising_ = 0;
   Side unsafe_;
   std::optional<Side> allow_;
   std::vector<Row> rows_;

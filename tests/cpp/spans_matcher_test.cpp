@@ -80,7 +80,7 @@ MatchState expected(const Ids& row, const Corpus& unsafe, const Corpus* allow,
     ++out.length;
   }
   std::vector<double> u;
-  for (const int64_t t : row) u.push_back((*rule.surprisal)[static_cast<size_t>(t)]);
+  for (const int64_t t : row) u.push_back(rule.surprisal[static_cast<size_t>(t)]);
   constexpr auto kCover = static_cast<size_t>(MatchRule::kCoverLength);
   if (allow != nullptr && rule.allow == MatchRule::Allow::kCover)
     for (size_t end = kCover; end <= row.size(); ++end)
@@ -106,6 +106,12 @@ void compare(const MatchState& got, const MatchState& want, const std::string& w
              ", bci " + std::to_string(got.bci) + ", risk " + std::to_string(got.risk) + "; want " +
              std::to_string(want.length) + ", " + std::to_string(want.count) + ", " +
              std::to_string(want.bci) + ", " + std::to_string(want.risk));
+}
+
+void set_surprisal(MatchRule& rule, std::vector<double> values) {
+  const auto owned = std::make_shared<const std::vector<double>>(std::move(values));
+  rule.surprisal = *owned;
+  rule.owner = owned;
 }
 
 struct World {
@@ -138,7 +144,7 @@ World sample_world(Random& random) {
   // Eighths: sums are exact, so that no order of additions can decide about a flag.
   for (int64_t t = 0; t < w.vocab; ++t)
     surprisal.push_back(static_cast<double>(random.below(60)) / 8);
-  w.rule.surprisal = std::make_shared<const std::vector<double>>(std::move(surprisal));
+  set_surprisal(w.rule, std::move(surprisal));
   w.rule.kind = static_cast<MatchRule::Kind>(random.below(3));
   w.rule.allow = static_cast<MatchRule::Allow>(random.below(2));
   w.rule.log_tokens = 4;
@@ -315,7 +321,7 @@ bool refuses(const std::function<void()>& call) {
 const test::Register failures_change_nothing("failed calls change nothing", [] {
   const Corpus unsafe({{0, 1, 2, 3, 0, 1, 2, 4}}, 6, 1, 2);
   MatchRule rule;
-  rule.surprisal = std::make_shared<const std::vector<double>>(6, 2.0);
+  set_surprisal(rule, std::vector<double>(6, 2.0));
   Source source = unsafe.source();
   bool broken = false;
   source.check = [&] {
@@ -372,7 +378,7 @@ const test::Register damage("a fault of a kernel reaches the caller and changes 
   MatchRule rule;
   rule.min_len = 2;
   rule.tau = 0;
-  rule.surprisal = std::make_shared<const std::vector<double>>(4, 2.0);
+  set_surprisal(rule, std::vector<double>(4, 2.0));
   Matcher matcher(source, std::nullopt, rule, 1, 4096);
   matcher.advance(Ids{0});  // the table of first tokens says all
   expect(refuses<std::runtime_error>([&] { matcher.advance(Ids{1}); }), "advance");
@@ -389,7 +395,7 @@ const test::Register inactive("finished rows stay as they are", [] {
   MatchRule rule;
   rule.min_len = 2;
   rule.tau = 1;
-  rule.surprisal = std::make_shared<const std::vector<double>>(4, 2.0);
+  set_surprisal(rule, std::vector<double>(4, 2.0));
   Matcher matcher(unsafe.source(), std::nullopt, rule, 2, 4096);
   matcher.advance(Ids{0, 0});
   matcher.set_active(1, false);
@@ -409,7 +415,7 @@ const test::Register long_runs("long verbatim runs and long prompts", [] {
   for (int i = 0; i < 3000; ++i) document.push_back(random.below(50));
   const Corpus unsafe({document}, 50, 1, 2);
   MatchRule rule;
-  rule.surprisal = std::make_shared<const std::vector<double>>(50, 1.0);
+  set_surprisal(rule, std::vector<double>(50, 1.0));
   for (const int64_t max_match : {100, 4096}) {
     Matcher matcher(unsafe.source(), std::nullopt, rule, 1, max_match);
     for (int64_t t = 0; t < 2999; ++t) {
@@ -431,7 +437,7 @@ const test::Register long_runs("long verbatim runs and long prompts", [] {
 const test::Register no_rows("no rows, no candidates, no tokens", [] {
   const Corpus unsafe({{}}, 3, 1, 4);
   MatchRule rule;
-  rule.surprisal = std::make_shared<const std::vector<double>>(3, 2.0);
+  set_surprisal(rule, std::vector<double>(3, 2.0));
   Matcher none(unsafe.source(), std::nullopt, rule, 0, 4096);
   none.advance({});
   none.extend({}, Ids{0});
