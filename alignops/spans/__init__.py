@@ -1,5 +1,6 @@
 """Exact span matching against a token corpus, and what alignment makes of it (arXiv 2508.02063)."""
 
+from alignops.spans import ops as ops
 from alignops.spans.bounds import DriftBound as DriftBound
 from alignops.spans.bounds import chance_bound as chance_bound
 from alignops.spans.bounds import clopper_pearson as clopper_pearson
@@ -23,6 +24,7 @@ from alignops.spans.matcher import MatchRule as MatchRule
 from alignops.spans.matcher import MatchState as MatchState
 from alignops.spans.matcher import Peek as Peek
 from alignops.spans.matcher import SpanMatcher as SpanMatcher
+from alignops.spans.ops import IndexTensors as IndexTensors
 from alignops.spans.results import Attribution as Attribution
 from alignops.spans.results import Document as Document
 from alignops.spans.results import Hits as Hits
