@@ -60,8 +60,12 @@ def report() -> str:
     return "\n".join(f"{name:24}{value}" for name, value in rows.items())
 
 
-def command() -> None:
-    """The console command `alignops`. Wrong arguments and a missing extra end it with one line."""
+def command(*group: str) -> None:
+    """The console command `alignops`, or one of its groups.
+
+    Wrong arguments, files that cannot be read or written, a missing extra and Ctrl-C end it with
+    one line.
+    """
     try:
         from alignops.cli import app
     except ModuleNotFoundError as error:
@@ -70,9 +74,12 @@ def command() -> None:
             "Without it, `python -m alignops` prints versions and build information."
         )
     try:
-        app()
-    except ValueError as error:
-        sys.exit(f"alignops: {error}")
+        app([*group, *sys.argv[1:]], prog_name="alignops")
+    except BrokenPipeError:  # the reader of our output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ValueError, OSError, MemoryError) as error:
+        sys.exit(f"alignops: {error or type(error).__name__}")
 
 
 if __name__ == "__main__":

@@ -1,29 +1,13 @@
-"""The `alignops` command: thin commands over demos, benchmarks and conversion."""
+"""Commands of the ternary core."""
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
-)
-demo = typer.Typer(no_args_is_help=True, help="Run a core on a real model.")
-bench = typer.Typer(no_args_is_help=True, help="Measure a core (in a checkout).")
-app.add_typer(demo, name="demo")
-app.add_typer(bench, name="bench")
-
-
-@app.command()
-def info() -> None:
-    """Print versions, build, instruction set, devices and environment variables."""
-    from alignops.__main__ import report
-
-    typer.echo(report())
+from alignops.cli._app import app, bench, demo, run_benchmark
 
 
 @app.command()
@@ -85,19 +69,6 @@ def demo_arenas(
         arenas.run(minutes, steps, checkpoint, resume, arenas.Setting(residual=not direct))
 
 
-def _bench(core: str, quick: bool, only: str, out: Path | None, more: tuple[str, ...] = ()) -> None:
-    root = Path(__file__).parents[1]
-    if not (root / "benchmarks").is_dir():
-        sys.exit("alignops bench: benchmarks are not part of the package; run it in a checkout")
-    sys.path.insert(0, str(root))
-    report = importlib.import_module("benchmarks.report")
-    arguments = ["--core", core, *more]
-    arguments += ["--quick"] if quick else []
-    arguments += ["--only", only] if only else []
-    arguments += ["--out", str(out)] if out else []
-    report.main(arguments)
-
-
 @bench.command("ternary")
 def bench_ternary(
     quick: Annotated[bool, typer.Option(help="One matrix, three rounds.")] = False,
@@ -105,15 +76,4 @@ def bench_ternary(
     out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
 ) -> None:
     """Measure the ternary core against its floors and peers; writes Markdown, JSON and a plot."""
-    _bench("ternary", quick, only, out)
-
-
-@bench.command("spans")
-def bench_spans(
-    quick: Annotated[bool, typer.Option(help="A small corpus, three rounds.")] = False,
-    only: Annotated[str, typer.Option(help="Sections, comma separated; default all.")] = "",
-    out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
-    tokens: Annotated[str, typer.Option(help="Sizes of the corpus, comma separated.")] = "",
-) -> None:
-    """Measure the spans core against its floors and peers; writes Markdown, JSON and a plot."""
-    _bench("spans", quick, only, out, ("--tokens", tokens) if tokens else ())
+    run_benchmark("ternary", quick, only, out)
