@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-# A batch of documents is handed on when it has this many tokens or documents.
+from alignops.spans.arrays import as_ids, as_tokens
+
+# A batch of documents is handed on when it has this many tokens or documents, or is this old.
 BATCH_TOKENS = 1 << 20
 BATCH_DOCUMENTS = 1 << 14
+BATCH_SECONDS = 0.5
 _OP = "build_index"
 
 
@@ -44,7 +48,7 @@ def batches(docs: Any, labels: Any, meta: Any, byte_offsets: Any) -> Iterator[Ba
         n = len(batch.offsets) - 1
         if labels is not None:
             values = label_list.take(n, first)
-            batch.labels = _in_range(as_integers(values, "labels"), 1 << 16, "labels", np.uint16)
+            batch.labels = _in_range(as_tokens(values, _OP, "labels"), 1 << 16, "labels", np.uint16)
         if meta is not None:
             entries = meta_list.take(n, first)
             batch.meta = [_json(entry, first + i) for i, entry in enumerate(entries)]
@@ -61,26 +65,6 @@ def is_flat(docs: Any) -> bool:
         and len(docs) == 2
         and all(isinstance(part, (np.ndarray, Tensor)) for part in docs)
     )
-
-
-def as_integers(values: Any, what: str) -> NDArray[Any]:
-    """A contiguous vector of integers, copied only if it is something else.
-
-    Integers beyond 64 bits keep their sign and become too large for any vocabulary.
-    """
-    array = values.numpy(force=True) if isinstance(values, Tensor) else np.asarray(values)
-    if array.ndim != 1:
-        raise ValueError(f"{_OP}: {what} must be a vector, got shape {array.shape}")
-    if array.size == 0:
-        return np.empty(0, np.int64)
-    if array.dtype == object and all(isinstance(value, int) for value in array):
-        limits = np.iinfo(np.int64)
-        array = np.array([min(max(value, limits.min), limits.max) for value in array], np.int64)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"{_OP}: {what} must be integers, got {array.dtype}")
-    if not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="))
-    return np.ascontiguousarray(array)
 
 
 def _in_range(array: NDArray[Any], limit: int, what: str, dtype: type[Any]) -> NDArray[Any]:
@@ -123,7 +107,7 @@ class _Parallel:
 
 
 def _check_offsets(tokens: NDArray[Any], offsets: Any) -> NDArray[np.int64]:
-    array = as_integers(offsets, "offsets").astype(np.int64, copy=False)
+    array = as_ids(offsets, _OP, "offsets")
     if array.size == 0 or array[0] != 0 or array[-1] != tokens.size:
         got = f"{array[0]} and {array[-1]}" if array.size else "none"
         raise ValueError(
@@ -140,11 +124,11 @@ def _check_offsets(tokens: NDArray[Any], offsets: Any) -> NDArray[np.int64]:
 
 def _flat(docs: tuple[Any, Any], byte_offsets: Any) -> Iterator[Batch]:
     """Views of one array: nothing is copied."""
-    tokens = as_integers(docs[0], "docs")
+    tokens = as_tokens(docs[0], _OP, "docs")
     offsets = _check_offsets(tokens, docs[1])
     bytes_of = None
     if byte_offsets is not None:
-        bytes_of = as_integers(byte_offsets, "byte_offsets")
+        bytes_of = as_tokens(byte_offsets, _OP, "byte_offsets")
         if bytes_of.size != tokens.size:
             raise ValueError(
                 f"{_OP}: byte_offsets must have one entry per token ({tokens.size}), got "
@@ -165,10 +149,11 @@ def _streamed(docs: Iterable[Any], byte_offsets: Any) -> Iterator[Batch]:
     parts: list[NDArray[Any]] = []
     offsets: list[NDArray[np.uint32]] = []
     tokens = count = 0
+    begin = time.monotonic()
     for doc in docs:
-        array = as_integers(doc, f"document {count}")
+        array = as_tokens(doc, _OP, f"document {count}")
         if byte_offsets is not None:
-            own = as_integers(positions.take(1, count)[0], f"byte_offsets of document {count}")
+            own = as_tokens(positions.take(1, count)[0], _OP, f"byte_offsets of document {count}")
             if own.size != array.size:
                 raise ValueError(
                     f"{_OP}: byte_offsets of document {count} must have one entry per token "
@@ -178,9 +163,14 @@ def _streamed(docs: Iterable[Any], byte_offsets: Any) -> Iterator[Batch]:
         parts.append(array)
         count += 1
         tokens += array.size
-        if tokens >= BATCH_TOKENS or len(parts) >= BATCH_DOCUMENTS:
+        if (
+            tokens >= BATCH_TOKENS
+            or len(parts) >= BATCH_DOCUMENTS
+            or time.monotonic() - begin > BATCH_SECONDS
+        ):
             yield _join(parts, offsets)
             parts, offsets, tokens = [], [], 0
+            begin = time.monotonic()
     if parts:
         yield _join(parts, offsets)
     positions.expect_end(count)

@@ -27,6 +27,7 @@ from alignops.spans._shards import (
     check_disk,
     finished_shard,
 )
+from alignops.spans.arrays import as_int
 from alignops.spans.errors import IndexIncompleteError
 from alignops.spans.store import Manifest, write_manifest
 
@@ -165,13 +166,13 @@ def build_index(
             sink.close(allow_empty)
             manifest = Manifest(
                 uuid,
-                vocab_size,
+                settings.vocab_size,
                 8 * settings.token_bytes,
                 fingerprint,
                 _joined(sink.builders),
                 tuple(sink.shards),
             )
-            _finish(folder, out, manifest, reporter)
+            _finish(folder, out, manifest, reporter, overwrite)
     return _report(out, manifest, sink.split, start)
 
 
@@ -271,7 +272,7 @@ def merge_manifest(
         )
         if manifest.tokens == 0 and not allow_empty:
             raise ValueError("merge_manifest: the shards must hold at least one token, got none")
-        _finish(folder, out, manifest, Reporter(None))
+        _finish(folder, out, manifest, Reporter(None), overwrite)
     return _report(out, manifest, 0, start)
 
 
@@ -302,13 +303,9 @@ def _settings(
     optional: dict[str, Any],
 ) -> Settings:
     """Checks of the arguments that both ways to build share."""
-    for name, value in (
-        ("vocab_size", vocab_size),
-        ("shard_tokens", shard_tokens),
-        ("directory_tokens", directory_tokens),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    vocab_size = as_int(vocab_size, op, "vocab_size")
+    shard_tokens = as_int(shard_tokens, op, "shard_tokens")
+    directory_tokens = as_int(directory_tokens, op, "directory_tokens")
     if token_bits == "auto":
         token_bits = next((bits for bits in _WIDTHS if vocab_size < 1 << bits), _WIDTHS[-1])
     if token_bits not in _WIDTHS:
@@ -368,7 +365,9 @@ def _removed_on_failure(folder: Path, keep: bool) -> Iterator[None]:
         raise
 
 
-def _finish(folder: Path, out: Path, manifest: Manifest, reporter: Reporter) -> None:
+def _finish(
+    folder: Path, out: Path, manifest: Manifest, reporter: Reporter, overwrite: bool
+) -> None:
     """What was not known before goes into the headers; then the manifest, then the name."""
 
     def stamp(_: library.SpanProgress) -> None:
@@ -379,6 +378,7 @@ def _finish(folder: Path, out: Path, manifest: Manifest, reporter: Reporter) -> 
 
     run(stamp, reporter)
     write_manifest(manifest, folder)
+    _folder.check_output(out, overwrite)  # it may have come into being meanwhile
     _folder.publish(folder, out, len(manifest.shards))
 
 

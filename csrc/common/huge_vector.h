@@ -13,10 +13,11 @@ namespace alignops {
 
 // A hint only, for the huge pages that lie in the range; fails harmlessly.
 inline void advise_huge(void* memory, uint64_t bytes) {
-  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kHuge - 1) & ~(kHuge - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) & ~(kHuge - 1);
-  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  constexpr uint64_t kHuge = uint64_t{1} << 21;
+  const uint64_t skipped = (kHuge - reinterpret_cast<uintptr_t>(memory) % kHuge) % kHuge;
+  if (bytes < skipped + kHuge) return;
+  (void)madvise(static_cast<char*>(memory) + skipped, (bytes - skipped) / kHuge * kHuge,
+                MADV_HUGEPAGE);
 }
 
 // An uninitialized array.

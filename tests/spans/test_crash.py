@@ -385,6 +385,23 @@ def test_two_builders_of_one_output(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["index", "other"]
 
 
+def test_an_output_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "index"
+
+    def docs() -> Iterator[list[int]]:
+        yield [1, 2]
+        out.mkdir()
+        (out / "thesis.tex").write_text("years of work")
+
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError):
+            build_index(docs(), out, vocab_size=10, overwrite=overwrite)
+        assert names_in(out) == ["thesis.tex"]
+        (out / "thesis.tex").unlink()
+        out.rmdir()
+    assert names_in(tmp_path) == []
+
+
 def hold_lock(out: Path, held: Any) -> None:
     with build_lock(out):
         held.set()
