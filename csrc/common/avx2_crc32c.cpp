@@ -49,19 +49,18 @@ constexpr Shift make_shift(size_t bytes) {
 
 constexpr Shift kShiftLong = make_shift(kLong), kShiftShort = make_shift(kShort);
 
-uint32_t move(const Shift& shift, uint32_t crc) noexcept {
+uint32_t move(const Shift& shift, uint32_t crc) {
   return shift.of[0][crc & 0xFF] ^ shift.of[1][crc >> 8 & 0xFF] ^ shift.of[2][crc >> 16 & 0xFF] ^
          shift.of[3][crc >> 24];
 }
 
-uint64_t load(const unsigned char* p) noexcept {
+uint64_t load(const unsigned char* p) {
   uint64_t word;
   std::memcpy(&word, p, 8);
   return word;
 }
 
-uint32_t three_streams(const unsigned char* p, size_t stream, const Shift& shift,
-                       uint32_t crc) noexcept {
+uint32_t three_streams(const unsigned char* p, size_t stream, const Shift& shift, uint32_t crc) {
   uint64_t a = crc, b = 0, c = 0;
   for (size_t i = 0; i < stream; i += 8) {
     a = _mm_crc32_u64(a, load(p + i));
@@ -74,7 +73,7 @@ uint32_t three_streams(const unsigned char* p, size_t stream, const Shift& shift
 
 }  // namespace
 
-uint32_t crc32c_avx2(const void* data, size_t size, uint32_t crc) noexcept {
+uint32_t crc32c_avx2(const void* data, size_t size, uint32_t crc) {
   const auto* p = static_cast<const unsigned char*>(data);
   crc = ~crc;
   for (; size >= 3 * kLong; size -= 3 * kLong, p += 3 * kLong)

@@ -39,7 +39,7 @@ bool hardware_agrees() noexcept {
 
 }  // namespace
 
-uint32_t crc32c_scalar(const void* data, size_t size, uint32_t crc) noexcept {
+uint32_t crc32c_scalar(const void* data, size_t size, uint32_t crc) {
   const auto* p = static_cast<const unsigned char*>(data);
   crc = ~crc;
   for (; size >= 8; size -= 8, p += 8) {
