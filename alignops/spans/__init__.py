@@ -13,6 +13,9 @@ from alignops.spans.build import build_shard as build_shard
 from alignops.spans.build import clean_stale as clean_stale
 from alignops.spans.build import merge_manifest as merge_manifest
 from alignops.spans.build import shard_of as shard_of
+from alignops.spans.decode import Hypothesis as Hypothesis
+from alignops.spans.decode import ProvResult as ProvResult
+from alignops.spans.decode import prov_decode as prov_decode
 from alignops.spans.errors import IndexCorruptError as IndexCorruptError
 from alignops.spans.errors import IndexIncompleteError as IndexIncompleteError
 from alignops.spans.errors import IndexVersionError as IndexVersionError
@@ -20,11 +23,14 @@ from alignops.spans.errors import NotAnIndexError as NotAnIndexError
 from alignops.spans.errors import ShardUnavailableError as ShardUnavailableError
 from alignops.spans.errors import TokenizerMismatchError as TokenizerMismatchError
 from alignops.spans.index import SpanIndex as SpanIndex
+from alignops.spans.loss import cbd_dpo_loss as cbd_dpo_loss
+from alignops.spans.loss import cbd_weights as cbd_weights
 from alignops.spans.matcher import MatchRule as MatchRule
 from alignops.spans.matcher import MatchState as MatchState
 from alignops.spans.matcher import Peek as Peek
 from alignops.spans.matcher import SpanMatcher as SpanMatcher
 from alignops.spans.ops import IndexTensors as IndexTensors
+from alignops.spans.ops import cbd_penalty as cbd_penalty
 from alignops.spans.results import Attribution as Attribution
 from alignops.spans.results import Document as Document
 from alignops.spans.results import Hits as Hits
@@ -35,3 +41,9 @@ from alignops.spans.results import Spans as Spans
 from alignops.spans.scores import bci as bci
 from alignops.spans.scores import token_surprisal as token_surprisal
 from alignops.spans.scores import unigram_probs as unigram_probs
+from alignops.spans.shield import FlaggedSpan as FlaggedSpan
+from alignops.spans.shield import TraceShield as TraceShield
+from alignops.spans.shield import Verdict as Verdict
+from alignops.spans.stream import ShieldMatcher as ShieldMatcher
+from alignops.spans.stream import ShieldStream as ShieldStream
+from alignops.spans.veto import SpanVeto as SpanVeto
