@@ -48,10 +48,11 @@ void each_task(const ParallelFor& parallel, uint64_t count, const Body& body) {
 // Threads for which memory is reckoned.
 inline uint64_t sort_threads() { return std::max(1u, std::thread::hardware_concurrency()); }
 
-// Most entries that one thread sorts outside the array: a large bucket of natural text, while all
-// threads together take about a byte per token.
+// Most entries that one thread sorts outside the array. All threads together take about a byte per
+// token, and a sort, which does not poll, takes less than 50 ms.
 inline uint64_t sort_capacity(uint64_t text_size) {
-  return std::max(uint64_t{1} << 15, text_size / (sort_entry_bytes() * sort_threads()));
+  return std::clamp(text_size / (sort_entry_bytes() * sort_threads()), uint64_t{1} << 15,
+                    uint64_t{1} << 20);
 }
 
 // Slices of a text, each counted by itself.

@@ -10,6 +10,7 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "suffix_common.h"
@@ -43,9 +44,10 @@ class PaddedText {
     if constexpr (sizeof(Token) == 4) return key;
     return (key & 0x0000FFFF0000FFFF) << 16 | (key >> 16 & 0x0000FFFF0000FFFF);
   }
-  void prefetch(uint64_t p) const {
-    __builtin_prefetch(
-        reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(data_) + p * sizeof(Token)));
+  void prefetch(uint64_t p, uint64_t lines = 1) const {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(data_) + p * sizeof(Token);
+    for (uint64_t line = 0; line < lines; ++line)
+      __builtin_prefetch(reinterpret_cast<const void*>(address + 64 * line));
   }
 
  private:
@@ -94,6 +96,31 @@ inline void radix_sort(KeyedPosition* from, KeyedPosition* to, uint64_t size, bo
   for (uint32_t digit = 0, begin = 0; digit < 256; begin = ends[digit++])
     if (const uint32_t count = ends[digit] - begin; count > 0)
       radix_sort(to + begin, from + begin, count, !into_from);
+}
+
+// Parts positions in place around a key from the middle: [0, first) below it, [first, second)
+// equal, the rest above.
+template <class Key, class Prefetch>
+std::pair<uint64_t, uint64_t> split_by_key(uint32_t* positions, uint64_t size, const Watch& watch,
+                                           const Key& key, const Prefetch& prefetch) {
+  constexpr uint64_t kAhead = 24;
+  uint64_t sample[9];
+  for (uint64_t i = 0; i < 9; ++i) sample[i] = key(positions[i * (size - 1) / 8]);
+  std::nth_element(sample, sample + 4, sample + 9);
+  const uint64_t pivot = sample[4];
+  uint64_t less = 0, more = size;
+  for (uint64_t i = 0, steps = 0; i < more; ++steps) {
+    if (steps % (1 << 16) == 0) watch.poll();
+    prefetch(positions[std::min(i + kAhead, size - 1)]);
+    const uint64_t k = key(positions[i]);
+    if (k < pivot)
+      std::swap(positions[i++], positions[less++]);
+    else if (k > pivot)
+      std::swap(positions[i], positions[--more]);
+    else
+      ++i;
+  }
+  return {less, more};
 }
 
 // Finish has
@@ -149,14 +176,15 @@ class GroupSorter {
       groups_.push_back({group.positions, group.size, next_depth});
       return;
     }
+    watch_.poll();
     radix_sort(entries, entries + group.size, group.size, true);
     for (uint64_t i = 0; i < group.size; ++i) group.positions[i] = entries[i].position;
     for (uint64_t begin = 0, end, ahead = 0; begin < group.size; begin = end) {
       for (end = begin + 1; end < group.size && entries[end].key == entries[begin].key;) ++end;
       for (; ahead < std::min(end + kAhead, group.size - 1); ++ahead)
         if (entries[ahead].key == entries[ahead + 1].key) {
-          text_.prefetch(entries[ahead].position + next_depth);
-          text_.prefetch(entries[ahead + 1].position + next_depth);
+          text_.prefetch(entries[ahead].position + next_depth, 2);
+          text_.prefetch(entries[ahead + 1].position + next_depth, 2);
         }
       const Group equal{group.positions + begin, end - begin, next_depth};
       if (equal.size > kSmallGroup)
@@ -197,25 +225,10 @@ class GroupSorter {
     }
   }
 
-  // Smaller than, equal to and larger than a key from the middle.
   void split(const Group& group) {
-    const auto key = [&](uint64_t i) { return text_.key(group.positions[i] + group.depth); };
-    uint64_t sample[9];
-    for (uint64_t i = 0; i < 9; ++i) sample[i] = key(i * (group.size - 1) / 8);
-    std::nth_element(sample, sample + 4, sample + 9);
-    const uint64_t pivot = sample[4];
-    uint64_t less = 0, more = group.size;
-    for (uint64_t i = 0; i < more;) {
-      if (i % (1 << 16) == 0) watch_.poll();
-      text_.prefetch(group.positions[std::min(i + kAhead, group.size - 1)] + group.depth);
-      const uint64_t k = key(i);
-      if (k < pivot)
-        std::swap(group.positions[i++], group.positions[less++]);
-      else if (k > pivot)
-        std::swap(group.positions[i], group.positions[--more]);
-      else
-        ++i;
-    }
+    const auto [less, more] = split_by_key(
+        group.positions, group.size, watch_, [&](uint32_t p) { return text_.key(p + group.depth); },
+        [&](uint32_t p) { text_.prefetch(p + group.depth); });
     groups_.push_back({group.positions, less, group.depth});
     groups_.push_back({group.positions + less, more - less, group.depth + kPerKey});
     groups_.push_back({group.positions + more, group.size - more, group.depth});

@@ -56,7 +56,8 @@ uint64_t build(const SuffixJob& job) {
   const uint64_t count = cover.count_below(n);
   HugeVector<uint32_t> owned(2 * count > n ? 2 * count : 0);
   uint32_t* const work = 2 * count > n ? owned.data() : job.out;
-  const Sample<Token> sample(text, cover, buckets, job.parallel, watch, work, work + count);
+  const Sample<Token> sample(text, cover, buckets, job.parallel, watch, work, work + count,
+                             sort_capacity(n));
   watch.start(3 * n);
   Collector<Token> collector(text, buckets, job.parallel, watch);
   const uint64_t size = collector.collect(
@@ -75,7 +76,7 @@ uint64_t build(const SuffixJob& job) {
 // Memory besides the sample and the batch, and for the smallest batch.
 constexpr uint64_t kStreamSort = uint64_t{1} << 15;
 uint64_t stream_fixed_bytes(uint64_t vocab) {
-  return counter_bytes(vocab) + kStreamSort * sort_entry_bytes() * sort_threads() + (1 << 20);
+  return counter_bytes(vocab) + kStreamSort * sort_entry_bytes() * sort_threads() + (4 << 20);
 }
 uint64_t smallest_batch(uint64_t text_size) { return text_size / 256 + 4096; }
 
@@ -154,7 +155,7 @@ uint64_t build_stream(const SuffixJob& job, const SuffixSink& sink) {
   const uint64_t count = cover.count_below(n);
   HugeVector<uint32_t> work(2 * count);
   const Sample<Token> sample(text, cover, buckets, job.parallel, watch, work.data(),
-                             work.data() + count);
+                             work.data() + count, kStreamSort);
   work.resize(0);
   const uint64_t kept = fixed + count * sizeof(uint32_t);
   const uint64_t room = std::max(
@@ -215,7 +216,7 @@ uint64_t radix_bytes(uint64_t text_size, int32_t token_bytes, uint64_t vocab) {
   const uint64_t sample = DifferenceCover(kShortPeriod).count_below(text_size);
   return text_size * (static_cast<uint64_t>(token_bytes) + sizeof(uint32_t)) +
          sample * sizeof(uint32_t) + counter_bytes(vocab) +
-         sort_capacity(text_size) * sort_entry_bytes() * sort_threads() + (1 << 20);
+         sort_capacity(text_size) * sort_entry_bytes() * sort_threads() + (4 << 20);
 }
 
 uint64_t radix_stream_bytes(uint64_t text_size, int32_t, uint64_t vocab) {

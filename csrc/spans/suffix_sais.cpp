@@ -17,7 +17,7 @@
 // Memory: the array itself serves as work space of every level. Three counters per symbol of a
 // level are in the array's unused tail if it is large enough there, else allocated.
 #include <algorithm>
-#include <memory>
+#include <utility>
 
 #include "suffix.h"
 #include "suffix_common.h"
@@ -49,16 +49,7 @@ class Level {
  public:
   Level(const Token* text, uint32_t n, Symbol symbol, uint32_t k, uint32_t* sa, uint32_t room,
         Watch& watch)
-      : text_(text), n_(n), symbol_(symbol), k_(k), sa_(sa), watch_(watch) {
-    uint32_t* counters = sa + n;
-    if ((room - n) / 3 < k) {
-      owned_.resize(uint64_t{3} * k);
-      counters = owned_.data();
-    }
-    a_ = counters;
-    b_ = counters + k;
-    e_ = counters + uint64_t{2} * k;
-  }
+      : text_(text), n_(n), symbol_(symbol), k_(k), sa_(sa), room_(room), watch_(watch) {}
 
   void sort() {
     if (n_ == 0) return;
@@ -111,40 +102,67 @@ class Level {
                                            uintptr_t{entry & ~kDone} * sizeof(Token)));
   }
 
-  // Counts become bucket ends, shifted by `base`.
-  void accumulate(uint32_t* counts, uint32_t base) const {
-    for (uint32_t c = 0; c < k_; ++c) counts[c] = base += counts[c];
+  // Reports work; buckets can be tiny.
+  void tick(uint32_t count) {
+    ticked_ += count;
+    if (ticked_ < kChunk) return;
+    watch_.add(ticked_);
+    ticked_ = 0;
   }
-  // Counts become bucket starts.
-  uint32_t accumulate_exclusive(uint32_t* counts, uint32_t base) const {
-    for (uint32_t c = 0; c < k_; ++c) {
-      const uint32_t count = counts[c];
-      counts[c] = base;
-      base += count;
+
+  void take_counters() {
+    uint32_t* counters = sa_ + n_;
+    if ((room_ - n_) / 3 < k_) {
+      owned_.resize(uint64_t{3} * k_);
+      counters = owned_.data();
     }
+    a_ = counters;
+    b_ = counters + k_;
+    e_ = counters + uint64_t{2} * k_;
+  }
+
+  void clear(uint32_t* counts) const {
+    watch_.in_pieces(uint32_t{0}, k_, [&](uint32_t begin, uint32_t end) {
+      std::fill(counts + begin, counts + end, 0);
+    });
+  }
+  // Counts become bucket ends, the first bucket starting at `base`. Returns the last end.
+  uint32_t to_ends(uint32_t* counts, uint32_t base) const {
+    watch_.in_pieces(uint32_t{0}, k_, [&](uint32_t begin, uint32_t end) {
+      for (uint32_t c = begin; c < end; ++c) counts[c] = base += counts[c];
+    });
+    return base;
+  }
+  // Counts become bucket starts. Returns the end of the last bucket.
+  uint32_t to_starts(uint32_t* counts, uint32_t base) const {
+    watch_.in_pieces(uint32_t{0}, k_, [&](uint32_t begin, uint32_t end) {
+      for (uint32_t c = begin; c < end; ++c) base += std::exchange(counts[c], base);
+    });
     return base;
   }
 
   // Step 1. Zones of sa_: LMS (e_), L before L (a_), L before S (b_), S before S (a_ again).
   void sort_lms_substrings() {
-    std::fill(a_, a_ + 3 * uint64_t{k_}, 0);
+    take_counters();
+    clear(a_);
+    clear(b_);
+    clear(e_);
     uint32_t* const counts[4] = {a_, b_, e_, e_};
     classify(
         [&](uint32_t, Token token, uint32_t kind) { counts[kind][symbol_(token)] += kind != 3; });
-    accumulate(e_, 0);
-    lms_ = e_[k_ - 1];
-    const uint32_t before_s = accumulate_exclusive(a_, lms_);
-    const uint32_t s_zone = accumulate_exclusive(b_, before_s);
+    lms_ = to_ends(e_, 0);
+    const uint32_t before_s = to_starts(a_, lms_);
+    const uint32_t s_zone = to_starts(b_, before_s);
     each_lms([&](uint32_t i) { sa_[--e_[symbol_(text_[i])]] = i; });
     // e_ is now starts; the end of a bucket is the start of the next.
     induce_l_of_substrings();
-    std::fill(a_, a_ + k_, 0);
-    std::fill(e_, e_ + k_, 0);
+    clear(a_);
+    clear(e_);
     uint32_t* const counts_s[4] = {a_, a_, e_, a_};
     classify(
         [&](uint32_t, Token token, uint32_t kind) { counts_s[kind][symbol_(token)] += kind >> 1; });
-    accumulate(e_, 0);
-    accumulate(a_, s_zone);
+    to_ends(e_, 0);
+    to_ends(a_, s_zone);
     induce_s_of_substrings(before_s);
   }
 
@@ -167,12 +185,12 @@ class Level {
           prefetch_text(sa_[std::min(i + kAhead, n_ - 1)]);
           induce(sa_[i]);
         }
-        watch_.add(i - before);
+        tick(i - before);
       }
       const uint32_t end = c + 1 < k_ ? e_[c + 1] : lms_;
       while (s < end) {
         const uint32_t stop = std::min(end, s + kChunk);
-        watch_.add(stop - s);
+        tick(stop - s);
         for (; s < stop; ++s) {
           prefetch_text(sa_[std::min(s + kAhead, n_ - 1)]);
           induce(sa_[s]);
@@ -201,12 +219,12 @@ class Level {
           prefetch_text(sa_[i - std::min(i, kAhead)]);
           induce(sa_[--i]);
         }
-        watch_.add(before - i);
+        tick(before - i);
       }
       const uint32_t begin = c > 0 ? b_[c - 1] : l_begin;
       while (l > begin) {
         const uint32_t stop = std::max(begin, l - std::min(l, kChunk));
-        watch_.add(l - stop);
+        tick(l - stop);
         while (l > stop) {
           prefetch_text(sa_[l - std::min(l, kAhead)]);
           induce(sa_[--l]);
@@ -257,6 +275,7 @@ class Level {
       for (uint32_t from = n_ / 2 - begin; from-- > n_ / 2 - end;)
         if (by_position[from] != kNone) reduced[--to] = by_position[from];
     });
+    owned_.resize(0);
     Level<uint32_t, Direct>(reduced, lms_, {}, name + 1, sa_, n_ - lms_, watch_).sort();
     watch_.start(n_);
     to = lms_;
@@ -271,7 +290,9 @@ class Level {
 
   // Step 3.
   void induce_all() {
-    std::fill(a_, a_ + 3 * uint64_t{k_}, 0);
+    take_counters();
+    clear(a_);
+    clear(e_);
     uint32_t* const counts[4] = {a_, a_, e_, a_};
     // a_ counts all but LMS, e_ LMS.
     classify([&](uint32_t, Token token, uint32_t kind) { ++counts[kind][symbol_(token)]; });
@@ -311,12 +332,12 @@ class Level {
           sa_[i] = entry ^ kDone;
           if (entry < kDone) induce(entry);
         }
-        watch_.add(i - before);
+        tick(i - before);
       }
       uint32_t s = b_[c] - e_[c];
       while (s < b_[c]) {
         const uint32_t stop = std::min(b_[c], s + kChunk);
-        watch_.add(stop - s);
+        tick(stop - s);
         for (; s < stop; ++s) {
           prefetch_text(sa_[std::min(s + kAhead, n_ - 1)]);
           induce(sa_[s]);
@@ -352,10 +373,12 @@ class Level {
   const Symbol symbol_;
   const uint32_t k_;
   uint32_t* const sa_;
+  const uint32_t room_;
   Watch& watch_;
+  uint32_t ticked_ = 0;
   uint32_t lms_ = 0;
   // Counters per symbol; which zone they are of changes from step to step.
-  uint32_t *a_, *b_, *e_;
+  uint32_t *a_ = nullptr, *b_ = nullptr, *e_ = nullptr;
   HugeVector<uint32_t> owned_;
 };
 
@@ -380,7 +403,9 @@ uint64_t sais(const SuffixJob& job) {
 
 uint64_t sais_bytes(uint64_t text_size, int32_t token_bytes, uint64_t vocab) {
   const uint64_t symbols = token_bytes < 4 ? uint64_t{1} << (8 * token_bytes) : vocab + 1;
-  return text_size * static_cast<uint64_t>(token_bytes + 4 + 6) + 12 * symbols;
+  // Names are at most half as many as tokens, and so their counters take at most 6 bytes per token;
+  // that much only for texts that alternate without repeats.
+  return text_size * (static_cast<uint64_t>(token_bytes) + sizeof(uint32_t) + 6) + 12 * symbols;
 }
 
 uint64_t build_sais(const SuffixJob& job) {

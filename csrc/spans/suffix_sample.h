@@ -72,10 +72,11 @@ class DifferenceCover {
 template <class Token>
 class Sample {
  public:
-  // `order` and `heads` are work space for count(size, period) entries each.
+  // `order` and `heads` are work space for cover.count_below(size) entries each; a thread sorts at
+  // most `capacity` entries at a time.
   Sample(const PaddedText<Token>& text, const DifferenceCover& cover,
          const TokenBuckets<Token>& buckets, const ParallelFor& parallel, Watch& watch,
-         uint32_t* order, uint32_t* heads)
+         uint32_t* order, uint32_t* heads, uint64_t capacity)
       : text_(text),
         cover_(cover),
         parallel_(parallel),
@@ -83,6 +84,7 @@ class Sample {
         size_(cover.count_below(text.size())),
         order_(order),
         heads_(heads),
+        capacity_(capacity),
         ranks_(size_) {
     watch_.start(2 * text.size() + size_);
     Collector<Token> collector(text, buckets, parallel, watch);
@@ -98,8 +100,7 @@ class Sample {
                 static_cast<uint32_t>(part_begin(part)));
       watch_.poll();
     });
-    collector.sort(order_, ByText{text_, cover_.period(), order_, heads_},
-                   sort_capacity(text.size()));
+    collector.sort(order_, ByText{text_, cover_.period(), order_, heads_}, capacity);
     for (uint64_t equal = cover_.period(); update_ranks() > 0; equal *= 2) sort_by_ranks(equal);
   }
 
@@ -148,7 +149,8 @@ class Sample {
     std::vector<uint64_t> begins(parts() + 1, 0);
     for (uint64_t part = 1; part < parts(); ++part) {
       uint64_t begin = std::max(begins[part - 1], part_begin(part));
-      while (begin < size_ && (heads_[begin] & ~kSettled) != begin) ++begin;
+      for (; begin < size_ && (heads_[begin] & ~kSettled) != begin; ++begin)
+        if (begin % (1 << 16) == 0) watch_.poll();
       begins[part] = begin;
     }
     begins.back() = size_;
@@ -162,6 +164,7 @@ class Sample {
     each_task(parallel_, parts(), [&](uint64_t part) {
       uint64_t found = 0;
       for (uint64_t i = begins[part], end = begins[part + 1]; i < end; ++i) {
+        if (i % (1 << 16) == 0) watch_.poll();
         const uint32_t head = heads_[i];
         if (head >= kSettled) continue;
         ranks_[cover_.slot(order_[i])] = head;
@@ -171,7 +174,6 @@ class Sample {
           ++found;
       }
       open += found;
-      watch_.poll();
     });
     return open;
   }
@@ -179,6 +181,11 @@ class Sample {
   void sort_by_ranks(uint64_t equal) {
     const std::vector<uint64_t> begins = group_parts();
     const uint64_t skip = cover_.count_below(equal);
+    const auto key = [&, equal, skip](uint32_t p) {
+      // A suffix that has ended is smaller than the others, the shortest one first.
+      return p + equal < text_.size() ? uint64_t{1} << 32 | ranks_[cover_.slot(p) + skip]
+                                      : text_.size() - 1 - p;
+    };
     run_tasks(parallel_, parts(), [&](const auto& next) {
       std::vector<KeyedPosition> entries;
       for (uint64_t part; (part = next()) < parts();) {
@@ -187,24 +194,27 @@ class Sample {
           end = begin + 1;
           if (heads_[begin] >= kSettled) continue;
           while (end < stop && heads_[end] == heads_[begin]) ++end;
-          sort_group(begin, end, equal, skip, entries);
+          sort_group(begin, end, key, entries);
         }
         watch_.poll();
       }
     });
   }
 
-  void sort_group(uint64_t begin, uint64_t end, uint64_t equal, uint64_t skip,
+  template <class Key>
+  void sort_group(uint64_t begin, uint64_t end, const Key& key,
                   std::vector<KeyedPosition>& entries) {
+    while (end - begin > capacity_) {
+      const auto [less, more] =
+          split_by_key(order_ + begin, end - begin, watch_, key, [](uint32_t) {});
+      sort_group(begin, begin + less, key, entries);
+      std::fill(heads_ + begin + less, heads_ + begin + more, static_cast<uint32_t>(begin + less));
+      begin += more;
+    }
     const uint64_t size = end - begin;
     if (entries.size() < 2 * size) entries.resize(2 * size);
-    for (uint64_t i = 0; i < size; ++i) {
-      const uint32_t p = order_[begin + i];
-      // A suffix that has ended is smaller than the others, the shortest one first.
-      entries[i] = {p + equal < text_.size() ? uint64_t{1} << 32 | ranks_[cover_.slot(p) + skip]
-                                             : text_.size() - 1 - p,
-                    p};
-    }
+    for (uint64_t i = 0; i < size; ++i) entries[i] = {key(order_[begin + i]), order_[begin + i]};
+    if (size > kSmallGroup) watch_.poll();
     radix_sort(entries.data(), entries.data() + size, size, true);
     uint64_t head = 0;
     for (uint64_t i = 0; i < size; ++i) {
@@ -220,6 +230,7 @@ class Sample {
   Watch& watch_;
   const uint64_t size_;
   uint32_t *const order_, *const heads_;  // used by the constructor only
+  const uint64_t capacity_;
   HugeVector<uint32_t> ranks_;
 };
 

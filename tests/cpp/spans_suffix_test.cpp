@@ -230,6 +230,11 @@ void large_buckets() {
     text.push_back(kSep);
     check_widths(text, vocab, 2, "large buckets, vocabulary " + std::to_string(vocab));
   }
+  // The more tokens before the separator, the smaller.
+  Ids one_token(300000, 7), expected(one_token.size());
+  one_token.push_back(kSep);
+  std::iota(expected.begin(), expected.end(), 0u);
+  check<uint8_t>(one_token, 8, expected, 2, "one token repeated");
 }
 
 // A separator per token, ids at both ends of a large vocabulary.
