@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +24,7 @@ import numpy.typing as npt
 
 from alignops._native import library
 from alignops.spans.arrays import Ints, as_ids, as_int, as_mask, as_tokens
+from alignops.spans.attribution import belief_conflict, top_docs
 from alignops.spans.results import (
     Attribution,
     Document,
@@ -136,8 +136,8 @@ class SpanIndex:
         """Release the files. Queries raise ValueError from now on; running ones end normally."""
         self._opened = None
 
-    def verify(self, level: Literal["quick", "full"] = "full") -> None:
-        """Check the files now; see `open`. Raises IndexCorruptError."""
+    def verify(self, level: str = "full") -> None:
+        """Check the files now, "quick" or "full", see `open`. Raises IndexCorruptError."""
         self._store.verify(level)
 
     def __enter__(self) -> SpanIndex:
@@ -447,10 +447,8 @@ class SpanIndex:
         options = _filter("attribute", min_len, max_count, word_start, delimiters)
         start, end, count, _ = native.maximal_spans("attribute", batch, self.max_match, *options)
         empty = native.encode("attribute", "x", tokens[:0])
-        # Every token of a span occurs; the others do not matter.
-        occurrences = np.maximum(native.next_counts(empty, batch), 1)
-        surprisal = math.log(max(self.n_tokens, 1)) - np.log(occurrences)
-        score = np.array([surprisal[a:b].sum() for a, b in zip(start, end, strict=True)])
+        occurrences = native.next_counts(empty, batch)
+        score = belief_conflict(start, end, occurrences, self.n_tokens)
         kept = np.sort(np.lexsort((start, -score))[: math.ceil(share * len(tokens))])
         spans = [tokens[start[i] : end[i]] for i in kept]
         offsets = np.cumsum([0, *(len(s) for s in spans)], dtype=np.int64)
@@ -466,27 +464,7 @@ class SpanIndex:
             for i, found in zip(kept, held, strict=True)
         ]
 
-    @staticmethod
-    def top_docs(attributions: Iterable[Attribution], k: int) -> list[tuple[int, float, int]]:
-        """The k documents that hold most of the attributed spans.
-
-        Returns:
-            (document, summed BCI of its spans, number of its spans), best first; ties: more spans,
-            then the smaller document.
-
-        Example:
-            >>> from alignops.testing import span_index
-            >>> index = span_index([[1, 2, 1, 2], [2, 1]], vocab_size=4)
-            >>> [document for document, _, _ in index.top_docs(index.attribute([2, 1]), 5)]
-            [0, 1]
-        """
-        total: dict[int, tuple[float, int]] = {}
-        for span in attributions:
-            for d in span.documents:
-                score, spans = total.get(d, (0.0, 0))
-                total[d] = score + span.score, spans + 1
-        ranked = sorted(total.items(), key=lambda item: (-item[1][0], -item[1][1], item[0]))
-        return [(d, score, spans) for d, (score, spans) in ranked[:k]]
+    top_docs = staticmethod(top_docs)
 
     # Next tokens
 
