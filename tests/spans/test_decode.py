@@ -196,7 +196,7 @@ def test_lookahead_vetoes_earlier() -> None:
     assert runs == [5, 4, 3, 2]
 
 
-@given(worlds(prompts=False), st.integers(1, 3))
+@given(worlds(), st.integers(1, 3))
 def test_lookahead_equals_definition(world: World, k: int) -> None:
     """A token goes iff the index continues its match to a flagged span within k tokens."""
     world.settings.update(scope="prompt+completion", max_match=4096, max_count=None)

@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignops.reference import spans as reference
 from alignops.spans import TraceShield
+from alignops.spans.ends import Batch, passing_ends
 from alignops.spans.errors import IndexCorruptError, TokenizerMismatchError
-from tests.spans.worlds import World, documents, make_index, worlds
+from tests.spans.worlds import World, make_index, worlds
 
 UNSAFE = [[11, 12, 13, 14, 15, 16, 17, 18, 19, 20], [1, 2, 3] * 40]
 
@@ -36,6 +37,32 @@ def test_risk_is_that_of_all_spans(world: World) -> None:
     assert verdict.complete
     assert verdict.reason == ("matched-span" if verdict.refused else None)
     assert shield.risks([world.text], None, [world.prompt]).tolist() == [verdict.risk]
+
+
+@settings(max_examples=300)
+@given(worlds(covered=True))
+def test_tokens_of_harmless_matches_count_nothing(world: World) -> None:
+    """At every end, the longest match scores as much as the best of all that end there."""
+    text, first = world.seen()
+    shield, limit = world.shield(plain=True), world.settings["max_match"]
+    batch = Batch(np.array(text, np.int64), np.array([0, len(text)]), np.array([first]))
+    for category, plain in zip(shield.categories, world.categories(), strict=True):
+        ends = passing_ends(category, shield.filters, batch)
+        found = dict(zip(ends.end.tolist(), ends.score.tolist(), strict=True))
+        every = (
+            reference.spans_ending(text, e, plain, limit) for e in range(first + 1, len(text) + 1)
+        )
+        expected = {spans[0].end: max(s.score for s in spans) for spans in every if spans}
+        assert found == pytest.approx(expected, abs=1e-9)
+
+
+@given(worlds(covered=True))
+def test_stream_covers_as_the_check_does(world: World) -> None:
+    shield = world.shield()
+    stream = shield.stream(world.text[: world.prompt])
+    for end in range(world.prompt + 1, len(world.text) + 1):
+        refused = stream.push(world.text[end - 1])
+        assert refused == shield.check(world.text[:end], world.prompt).refused
 
 
 @given(worlds())
@@ -154,9 +181,9 @@ def test_probabilities_of_a_larger_text(index: Any) -> None:
         TraceShield(index, probs=probs[1:])
 
 
-@given(st.lists(st.integers(0, 3), max_size=40), documents(4), st.sampled_from([0.1, 0.3, 0.5]))
-def test_conformal_threshold(flat: list[int], docs: list[list[int]], fpr: float) -> None:
-    shield = TraceShield(make_index(docs, 4), min_len=1)
+@given(st.lists(st.integers(0, 3), max_size=40), st.sampled_from([0.1, 0.3, 0.5]))
+def test_conformal_threshold(flat: list[int], fpr: float) -> None:
+    shield = TraceShield(make_index([[0, 1, 2, 1, 0, 2], [3, 1, 1]], 4), min_len=1)
     texts = [flat[i : i + 3] for i in range(len(flat))]
     m = len(texts)
     if m < (1 - fpr) / fpr:

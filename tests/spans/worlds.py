@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hypothesis import strategies as st
 
 from alignops.reference import spans as reference
@@ -42,8 +43,12 @@ class World:
     settings: dict[str, Any] = field(default_factory=dict)
     shards: int = 1
 
-    def shield(self) -> TraceShield:
-        def index(docs: list[list[int]]) -> SpanIndex:
+    def shield(self, plain: bool = False) -> TraceShield:
+        """The filter, or one over brute-force indexes."""
+
+        def index(docs: list[list[int]]) -> Any:
+            if plain:
+                return reference.NaiveIndex(docs, self.vocab)
             return make_index(docs, self.vocab, self.shards)
 
         return TraceShield(
@@ -77,45 +82,56 @@ class World:
         return text, self.prompt
 
 
-def documents(vocab: int, most: int = 4, length: int = 30) -> st.SearchStrategy[list[list[int]]]:
-    document = st.lists(st.integers(0, vocab - 1), max_size=length)
-    return st.lists(document, min_size=1, max_size=most).filter(
-        lambda docs: sum(map(len, docs)) >= 2
-    )
+def random_world(seed: int, covered: bool = False) -> World:
+    """Texts are put together from unsafe documents and noise, harmless ones partly from texts.
 
+    `covered`: some of what matches is likely to be covered by harmless text, some not.
+    """
+    rng = np.random.default_rng(seed)
 
-@st.composite
-def worlds(draw: st.DrawFn, prompts: bool = True) -> World:
-    """Texts are put together from unsafe documents and noise, harmless ones partly from texts."""
-    vocab = draw(st.integers(1, 6))
-    unsafe = [
-        (draw(documents(vocab)), draw(st.sampled_from([1.0, 1.0, 0.5, 2.0])))
-        for _ in range(draw(st.integers(1, 2)))
-    ]
+    def below(n: int) -> int:
+        return int(rng.integers(n))
+
+    def chosen(*choices: Any) -> Any:
+        return choices[below(len(choices))]
+
+    def piece(source: list[int], least: int, most: int) -> list[int]:
+        start = below(max(len(source) - least, 0) + 1)
+        return source[start : start + least + below(most - least + 1)]
+
+    vocab = 1 + below(6)
+
+    def noise(most: int) -> list[int]:
+        return rng.integers(vocab, size=below(most + 1)).tolist()
+
+    def documents(most: int) -> list[list[int]]:
+        return [[0, vocab - 1], *(noise(30) for _ in range(most))]
+
+    unsafe = [(documents(below(4)), chosen(1.0, 1.0, 0.5, 2.0)) for _ in range(1 + below(2))]
+    sources = [doc for docs, _ in unsafe for doc in docs]
     text: list[int] = []
-    for _ in range(draw(st.integers(0, 4))):
-        if draw(st.booleans()):
-            source = draw(st.sampled_from([d for docs, _ in unsafe for d in docs]))
-            a = draw(st.integers(0, len(source)))
-            text += source[a : a + draw(st.integers(0, 25))]
-        else:
-            text += draw(st.lists(st.integers(0, vocab - 1), max_size=8))
-    harmless = draw(st.none() | documents(vocab, 3, 40))
-    if harmless is not None:
-        for _ in range(draw(st.integers(0, 2))):
-            a = draw(st.integers(0, len(text)))
-            harmless.append(text[a : a + draw(st.integers(6, 14))])
-    min_len = draw(st.integers(1, 6))
-    allow_mode = draw(st.sampled_from(["exact", "cover"]))
+    for _ in range(3 if covered else below(5)):
+        text += piece(chosen(*sources), 6, 25) if covered or below(2) else noise(8)
+    harmless = None
+    if covered or below(4):
+        pieces = 1 + below(2) if covered else below(3)
+        harmless = [*documents(below(2)), *(piece(text, 8, 14) for _ in range(pieces))]
+    min_len = 1 + below(6)
+    allow_mode = "cover" if covered else chosen("exact", "cover")
     shortest = max(min_len, 8) if allow_mode == "cover" else min_len
     settings = {
-        "kind": draw(st.sampled_from(["bci", "bci", "norm", "max"])),
-        "tau": draw(st.sampled_from([0.0, 0.5, 1.3, 2.0, 4.0, 8.0, 15.0])),
+        "kind": chosen("bci", "bci", "norm", "max"),
+        "tau": chosen(0.0, 0.5, 1.3, 2.0, 4.0, 8.0, 15.0),
         "min_len": min_len,
-        "max_count": draw(st.none() | st.integers(1, 4)),
+        "max_count": None if covered else chosen(None, None, 1 + below(4)),
         "allow_mode": allow_mode,
-        "scope": draw(st.sampled_from(["completion", "prompt+completion"])),
-        "max_match": draw(st.sampled_from([4096, 4096, shortest, shortest + 2])),
+        "scope": chosen("completion", "prompt+completion"),
+        "max_match": chosen(4096, 4096, shortest, shortest + 2),
     }
-    prompt = draw(st.integers(0, len(text))) if prompts else 0
-    return World(vocab, unsafe, harmless, text, prompt, settings, draw(st.integers(1, 3)))
+    prompt = chosen(0, below(len(text) + 1))
+    return World(vocab, unsafe, harmless, text, prompt, settings, shards=1 + below(3))
+
+
+def worlds(covered: bool = False) -> st.SearchStrategy[World]:
+    """Worlds by seed: drawn part by part, most would be too small to match anything."""
+    return st.integers(0, 2**32).map(lambda seed: random_world(seed, covered))
