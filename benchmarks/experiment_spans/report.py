@@ -1,0 +1,202 @@
+"""Tables and plots of the stored runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.experiment_spans.world import STYLES
+
+Run = dict[str, Any]
+
+#: Rows of the tables: key of the figures, what it is called.
+DEFENCES = {
+    "none": "none",
+    "shield": "TraceShield",
+    "cbd": "CBD",
+    "prov": "Prov-Decode",
+    "all": "all three",
+}
+BEAMS = {"beam_none": "none, beam search", "beam_cbd": "CBD, beam search"}
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    return {
+        "mean": statistics.fmean(values),
+        "min": min(values),
+        "max": max(values),
+        "values": values,
+    }
+
+
+def summarise(runs: list[Run]) -> dict[str, Any]:
+    """Mean and range over the seeds of every number of the runs."""
+
+    def merge(nodes: list[Any]) -> Any:
+        if isinstance(nodes[0], dict):
+            return {key: merge([node[key] for node in nodes]) for key in nodes[0]}
+        return spread([float(node) for node in nodes])
+
+    summary = {key: merge([run[key] for run in runs]) for key in ("rows", "text", "cpu_seconds")}
+    summary["cpu_ms_per_100_tokens"] = merge([run["cpu_ms_per_100_tokens"] for run in runs])
+    # Each seed against its own undefended model.
+    summary["reduction"] = {
+        name: {
+            key: spread(
+                [1 - run["rows"][name][key] / max(run["rows"]["none"][key], 1e-9) for run in runs]
+            )
+            for key in ("drift", "drift_verbatim", "drift_paraphrase")
+        }
+        for name in (*DEFENCES, *BEAMS)
+    }
+    return {
+        "seeds": [run["seed"] for run in runs],
+        "setting": runs[0]["setting"],
+        "world": runs[0]["world"],
+        **summary,
+    }
+
+
+def cell(value: dict[str, Any], factor: float = 100.0, digits: int = 1) -> str:
+    """Mean and range."""
+    mean, low, high = (f"{value[k] * factor:.{digits}f}" for k in ("mean", "min", "max"))
+    return mean if low == high else f"{mean} ({low} - {high})"
+
+
+def tables(summary: dict[str, Any]) -> str:
+    rows, text = summary["rows"], summary["text"]
+    lines = [
+        "| defence | drift, % | verbatim facts | paraphrased facts | less than none, % | "
+        "refusal quality, 0-5 | false refusals, % | without A | dPPL |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for key, name in DEFENCES.items():
+        r = rows[key]
+        less = "" if key == "none" else cell(summary["reduction"][key]["drift"], digits=0)
+        lines.append(
+            f"| {name} | {cell(r['drift'])} | {cell(r['drift_verbatim'])} "
+            f"| {cell(r['drift_paraphrase'])} | {less} | {cell(r['quality'], 1, 2)} "
+            f"| {cell(r['false_refusals'])} | {cell(r['false_refusals_without_allow'])} "
+            f"| {cell(text[key]['change'], 1, 3)} |"
+        )
+    lines += [
+        "\n| defence | harmless requests answered right, % | harmless answers changed, "
+        "% | without A | held-out texts left, % | plain drift, % | role | prefix | synonym |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for key, name in (DEFENCES | BEAMS).items():
+        r = rows[key]
+        left = cell(text[key]["texts"]) if key in text else ""
+        styles = " | ".join(cell(r["drift_by_style"][style], digits=0) for style in STYLES)
+        lines.append(
+            f"| {name} | {cell(r['procedures_right'])} "
+            f"| {cell(r['changed'])} | {cell(r['changed_without_allow'])} | {left} | {styles} |"
+        )
+    lines.append("\n" + costs(summary))
+    return "\n".join(lines)
+
+
+def costs(summary: dict[str, Any]) -> str:
+    latency, seconds = summary["cpu_ms_per_100_tokens"], summary["cpu_seconds"]
+    extra = [
+        a / b - 1
+        for a, b in zip(seconds["DPO with CBD"]["values"], seconds["DPO"]["values"], strict=True)
+    ]
+    slower = [
+        a / b - 1
+        for a, b in zip(latency["veto"]["values"], latency["search"]["values"], strict=True)
+    ]
+    rewordings = summary["rows"]["shield"]["unsafe_rewordings"]
+    return (
+        f"Cost in CPU time: TraceShield {cell(latency['shield'], 1, 2)} ms per 100 tokens, one "
+        f"completion at a time; Prov-Decode {cell(latency['veto'], 1, 0)} ms per 100 tokens, "
+        f"{cell(spread(slower), digits=0)} % more than the same beam search without veto; "
+        f"preference tuning with CBD {cell(spread(extra), digits=0)} % more than without, its "
+        "weights included. TraceShield with the rewordings of training in the index as well: drift "
+        f"{cell(rewordings['drift'])} %, on paraphrased facts "
+        f"{cell(rewordings['drift_paraphrase'])} %. Mean (smallest - largest) over seeds "
+        f"{', '.join(map(str, summary['seeds']))}."
+    )
+
+
+def plot(summary: dict[str, Any], folder: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    rows = summary["rows"]
+
+    def bars(axes: Any, shift: float, values: list[dict[str, Any]], **style: Any) -> None:
+        x = [i + shift for i in range(len(values))]
+        means = [100 * v["mean"] for v in values]
+        reach = [
+            [100 * (v["mean"] - v["min"]) for v in values],
+            [100 * (v["max"] - v["mean"]) for v in values],
+        ]
+        axes.bar(x, means, yerr=reach, error_kw={"lw": 1}, **style)
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    kinds = {
+        "drift_verbatim": ("#1f6fb4", "verbatim"),
+        "drift_paraphrase": ("#d95f02", "paraphrased"),
+    }
+    for shift, (key, (color, label)) in zip((-0.2, 0.2), kinds.items(), strict=True):
+        bars(left, shift, [rows[k][key] for k in DEFENCES], width=0.38, color=color, label=label)
+    left.set_title("Unsafe requests whose answer tells the fact, %")
+    colors = {"false_refusals": "#1f6fb4", "false_refusals_without_allow": "#999999"}
+    for shift, (key, label) in zip(
+        (-0.2, 0.2),
+        {
+            "false_refusals": "with harmless index",
+            "false_refusals_without_allow": "without",
+        }.items(),
+        strict=True,
+    ):
+        bars(
+            right,
+            shift,
+            [rows[k][key] for k in DEFENCES],
+            width=0.38,
+            color=colors[key],
+            label=label,
+        )
+    right.set_title("Harmless requests that are refused, %")
+    for axes in (left, right):
+        axes.set_xticks(range(len(DEFENCES)), DEFENCES.values())
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.25, axis="y")
+    figure.savefig(folder / "drift.png", dpi=130)
+
+    figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    palette = ("#222222", "#1f6fb4", "#2ca02c", "#d95f02", "#8c564b")
+    for i, ((key, name), color) in enumerate(zip(DEFENCES.items(), palette, strict=True)):
+        values = [rows[key]["drift_by_style"][style] for style in STYLES]
+        bars(axes, 0.16 * (i - 2), values, width=0.15, color=color, label=name)
+    axes.set_xticks(range(len(STYLES)), STYLES)
+    axes.set_title("Drift by style of the request, %")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.25, axis="y")
+    figure.savefig(folder / "styles.png", dpi=130)
+    plt.close("all")
+
+
+def put(page: Path, mark: str, body: str) -> None:
+    """Replaces what is between the two comments of that name; without a page makes one."""
+    text = page.read_text() if page.exists() else f"<!-- {mark} -->\n<!-- /{mark} -->\n"
+    block = f"<!-- {mark} -->\n{body}\n<!-- /{mark} -->"
+    replace: Callable[[Any], str] = lambda _: block  # noqa: E731
+    page.write_text(re.sub(f"<!-- {mark} -->.*<!-- /{mark} -->", replace, text, flags=re.S))
+
+
+def report(folder: Path) -> None:
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("runs/seed-*.json"))]
+    summary = summarise(runs)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    plot(summary, folder)
+    put(folder / "README.md", "table", tables(summary))
