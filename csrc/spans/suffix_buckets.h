@@ -45,11 +45,20 @@ void each_task(const ParallelFor& parallel, uint64_t count, const Body& body) {
   });
 }
 
+// Watch::populate by all threads.
+template <class T>
+void populate(const ParallelFor& parallel, const Watch& watch, T* memory, uint64_t size) {
+  constexpr uint64_t kBlock = uint64_t{1} << 24;
+  each_task(parallel, (size + kBlock - 1) / kBlock, [&](uint64_t block) {
+    watch.populate(memory + block * kBlock, std::min(kBlock, size - block * kBlock));
+  });
+}
+
 // Threads for which memory is reckoned.
 inline uint64_t sort_threads() { return std::max(1u, std::thread::hardware_concurrency()); }
 
 // Most entries that one thread sorts outside the array. All threads together take about a byte per
-// token, and a sort, which does not poll, takes less than 50 ms.
+// token; large sorts gain nothing from more.
 inline uint64_t sort_capacity(uint64_t text_size) {
   return std::clamp(text_size / (sort_entry_bytes() * sort_threads()), uint64_t{1} << 15,
                     uint64_t{1} << 20);

@@ -36,6 +36,15 @@ class Watch {
       poll();
     }
   }
+  // Has the system provide the pages of fresh memory, whose contents are lost. Else the first
+  // random accesses would, all within a moment, without polling.
+  template <class T>
+  void populate(T* memory, uint64_t size) const {
+    constexpr uint64_t kStep = 4096 / sizeof(T);
+    in_pieces(uint64_t{0}, size, [&](uint64_t begin, uint64_t end) {
+      for (uint64_t i = begin; i < end; i += kStep) memory[i] = T{};
+    });
+  }
 
  private:
   Progress& progress_;

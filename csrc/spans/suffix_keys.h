@@ -66,6 +66,8 @@ struct KeyedPosition {
 inline constexpr uint64_t sort_entry_bytes() { return 2 * sizeof(KeyedPosition); }
 
 inline constexpr uint32_t kSmallGroup = 32;
+// Suffixes between two looks at Progress::cancel.
+inline constexpr uint64_t kPollEvery = 1 << 16;
 
 inline void insertion_sort(KeyedPosition* entries, uint64_t size) {
   for (uint64_t i = 1; i < size; ++i) {
@@ -77,7 +79,8 @@ inline void insertion_sort(KeyedPosition* entries, uint64_t size) {
 }
 
 // Sorts `from` by key, into itself or into `to`; both are overwritten.
-inline void radix_sort(KeyedPosition* from, KeyedPosition* to, uint64_t size, bool into_from) {
+inline void radix_sort(KeyedPosition* from, KeyedPosition* to, uint64_t size, bool into_from,
+                       const Watch& watch) {
   uint64_t differing = 0;
   if (size > kSmallGroup) {
     for (uint64_t i = 1; i < size; ++i) differing |= from[i].key ^ from[0].key;
@@ -88,6 +91,7 @@ inline void radix_sort(KeyedPosition* from, KeyedPosition* to, uint64_t size, bo
     if (!into_from) std::copy(from, from + size, to);
     return;
   }
+  if (size >= kPollEvery) watch.poll();
   const int shift = std::max(0, static_cast<int>(std::bit_width(differing)) - 8);
   uint32_t ends[257] = {};
   for (uint64_t i = 0; i < size; ++i) ++ends[(from[i].key >> shift & 0xFF) + 1];
@@ -95,7 +99,7 @@ inline void radix_sort(KeyedPosition* from, KeyedPosition* to, uint64_t size, bo
   for (uint64_t i = 0; i < size; ++i) to[ends[from[i].key >> shift & 0xFF]++] = from[i];
   for (uint32_t digit = 0, begin = 0; digit < 256; begin = ends[digit++])
     if (const uint32_t count = ends[digit] - begin; count > 0)
-      radix_sort(to + begin, from + begin, count, !into_from);
+      radix_sort(to + begin, from + begin, count, !into_from, watch);
 }
 
 // Parts positions in place around a key from the middle: [0, first) below it, [first, second)
@@ -110,7 +114,7 @@ std::pair<uint64_t, uint64_t> split_by_key(uint32_t* positions, uint64_t size, c
   const uint64_t pivot = sample[4];
   uint64_t less = 0, more = size;
   for (uint64_t i = 0, steps = 0; i < more; ++steps) {
-    if (steps % (1 << 16) == 0) watch.poll();
+    if (steps % kPollEvery == 0) watch.poll();
     prefetch(positions[std::min(i + kAhead, size - 1)]);
     const uint64_t k = key(positions[i]);
     if (k < pivot)
@@ -161,11 +165,11 @@ class GroupSorter {
   };
 
   void sort_by_keys(const Group& group) {
-    watch_.poll();
     reserve(group.size);
     KeyedPosition* const entries = entries_.data();
     uint64_t differing = 0;
     for (uint64_t i = 0; i < group.size; ++i) {
+      if (i % kPollEvery == 0) watch_.poll();
       text_.prefetch(group.positions[std::min(i + kAhead, group.size - 1)] + group.depth);
       const uint32_t p = group.positions[i];
       entries[i] = {text_.key(p + group.depth), p};
@@ -176,10 +180,13 @@ class GroupSorter {
       groups_.push_back({group.positions, group.size, next_depth});
       return;
     }
-    watch_.poll();
-    radix_sort(entries, entries + group.size, group.size, true);
+    radix_sort(entries, entries + group.size, group.size, true, watch_);
     for (uint64_t i = 0; i < group.size; ++i) group.positions[i] = entries[i].position;
-    for (uint64_t begin = 0, end, ahead = 0; begin < group.size; begin = end) {
+    for (uint64_t begin = 0, end, ahead = 0, poll = kPollEvery; begin < group.size; begin = end) {
+      if (begin >= poll) {
+        watch_.poll();
+        poll = begin + kPollEvery;
+      }
       for (end = begin + 1; end < group.size && entries[end].key == entries[begin].key;) ++end;
       for (; ahead < std::min(end + kAhead, group.size - 1); ++ahead)
         if (entries[ahead].key == entries[ahead + 1].key) {

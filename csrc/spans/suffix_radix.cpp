@@ -29,7 +29,7 @@ struct ByRank {
   void group(uint32_t* positions, uint64_t size) const {
     uint32_t compared = 0;
     std::sort(positions, positions + size, [&](uint32_t p, uint32_t q) {
-      if ((++compared & 0xFFFF) == 0) watch.poll();
+      if (++compared % kPollEvery == 0) watch.poll();
       return sample.less(p, q, depth);
     });
   }
@@ -49,6 +49,7 @@ uint64_t build(const SuffixJob& job) {
   if (n == 0) return 0;
   Watch watch(job.progress);
   advise_huge(job.out, n * sizeof(uint32_t));
+  populate(job.parallel, watch, job.out, n);
   const DifferenceCover cover(kShortPeriod);
   const PaddedText<Token> text(job.text, n, cover.period());
   const TokenBuckets<Token> buckets(job.vocab);
@@ -154,6 +155,7 @@ uint64_t build_stream(const SuffixJob& job, const SuffixSink& sink) {
   const TokenBuckets<Token> buckets(job.vocab);
   const uint64_t count = cover.count_below(n);
   HugeVector<uint32_t> work(2 * count);
+  populate(job.parallel, watch, work.data(), 2 * count);
   const Sample<Token> sample(text, cover, buckets, job.parallel, watch, work.data(),
                              work.data() + count, kStreamSort);
   work.resize(0);
@@ -194,6 +196,7 @@ uint64_t build_stream(const SuffixJob& job, const SuffixSink& sink) {
 
   watch.start(2 * n * ends.size() + size);
   HugeVector<uint32_t> positions(largest);
+  populate(job.parallel, watch, positions.data(), largest);
   uint64_t first = 0;
   for (const uint64_t last : ends) {
     const uint64_t in_batch = collector.collect(

@@ -388,6 +388,7 @@ uint64_t sais(const SuffixJob& job) {
   const uint32_t n = static_cast<uint32_t>(job.text_size);
   Watch watch(job.progress);
   advise_huge(job.out, job.text_size * sizeof(uint32_t));
+  watch.populate(job.out, job.text_size);
   if constexpr (sizeof(Token) < 4) {
     Level<Token, Direct>(text, n, {}, 1u << (8 * sizeof(Token)), job.out, n, watch).sort();
   } else {

@@ -86,6 +86,7 @@ class Sample {
         heads_(heads),
         capacity_(capacity),
         ranks_(size_) {
+    populate(parallel, watch, ranks_.data(), size_);
     watch_.start(2 * text.size() + size_);
     Collector<Token> collector(text, buckets, parallel, watch);
     collector.collect(
@@ -150,7 +151,7 @@ class Sample {
     for (uint64_t part = 1; part < parts(); ++part) {
       uint64_t begin = std::max(begins[part - 1], part_begin(part));
       for (; begin < size_ && (heads_[begin] & ~kSettled) != begin; ++begin)
-        if (begin % (1 << 16) == 0) watch_.poll();
+        if (begin % kPollEvery == 0) watch_.poll();
       begins[part] = begin;
     }
     begins.back() = size_;
@@ -164,7 +165,7 @@ class Sample {
     each_task(parallel_, parts(), [&](uint64_t part) {
       uint64_t found = 0;
       for (uint64_t i = begins[part], end = begins[part + 1]; i < end; ++i) {
-        if (i % (1 << 16) == 0) watch_.poll();
+        if (i % kPollEvery == 0) watch_.poll();
         const uint32_t head = heads_[i];
         if (head >= kSettled) continue;
         ranks_[cover_.slot(order_[i])] = head;
@@ -214,8 +215,7 @@ class Sample {
     const uint64_t size = end - begin;
     if (entries.size() < 2 * size) entries.resize(2 * size);
     for (uint64_t i = 0; i < size; ++i) entries[i] = {key(order_[begin + i]), order_[begin + i]};
-    if (size > kSmallGroup) watch_.poll();
-    radix_sort(entries.data(), entries.data() + size, size, true);
+    radix_sort(entries.data(), entries.data() + size, size, true, watch_);
     uint64_t head = 0;
     for (uint64_t i = 0; i < size; ++i) {
       if (entries[i].key != entries[head].key) head = i;
