@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call of under eight minutes: builds alignops with CUDA beside the torch that is
-# installed (nothing is downloaded), runs the GPU tests and the tests of the ternary core, compute-sanitizer on a few
+# installed (nothing is downloaded), runs the GPU tests and the tests of both cores, compute-sanitizer on a few
 # cases, and the GPU benchmark. Logs and the JSON of the benchmark go to ${OUT:-benchmarks/results}; a short table comes
 # last, and the exit status is 0 only if every stage passed. PYTHON names the interpreter that has torch.
 set -uo pipefail
@@ -48,7 +48,7 @@ stage build 180 bash -c build
 export PYTHONUNBUFFERED=1
 quick=(-q -p no:cacheprovider --maxfail=20)
 "$python" -c "import xdist" 2>/dev/null && workers=1 || workers=0
-gpu_tests=(tests/ternary/test_cuda.py tests/ternary/test_triton.py)
+gpu_tests=(tests/spans/test_cuda.py tests/ternary/test_cuda.py tests/ternary/test_triton.py)
 [ $workers = 1 ] && gpu_tests+=(-n 6) # most of the time goes into compiling Triton kernels
 stage gpu-tests 170 "$python" -m pytest "${quick[@]}" "${gpu_tests[@]}"
 
@@ -68,6 +68,11 @@ for m, n, k, group, stride in ((1, 33, 100, None, 1), (8, 64, 576, 128, 1), (3, 
             for view in (x[:, :k], x[:, 1:], x[:, :k].contiguous()):
                 torch.ops.alignops.ternary_linear(view, packed, scale, None, *rest, act, layout)
                 torch.ops.alignops.ternary_int8_linear(view, q, q_scale, None, act)
+from tests.spans import samples
+for name in ("spans_find", "spans_next_counts", "spans_peek"):
+    for args in samples.VALID[name]():
+        on_gpu = [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
+        getattr(torch.ops.alignops, name)(*on_gpu)
 torch.cuda.synchronize()
 print("sanitized")
 '
@@ -84,7 +89,7 @@ stage benchmark 190 "$python" -m benchmarks.bench_ternary_cuda --out "$out" --se
 unset ALIGNOPS_AUTOTUNE ALIGNOPS_CACHE_DIR
 left=$((465 - SECONDS))
 if [ "$left" -gt 20 ]; then
-  cpu_tests=(tests/ternary tests/test_opcheck.py -m "not gpu" --ignore tests/ternary/test_triton.py)
+  cpu_tests=(tests/ternary tests/spans/test_ops.py tests/spans/test_matcher.py tests/test_opcheck.py -m "not gpu" --ignore tests/ternary/test_triton.py)
   [ $workers = 1 ] && cpu_tests+=(-n "$(nproc)")
   stage tests "$left" env OMP_NUM_THREADS=1 "$python" -m pytest "${quick[@]}" "${cpu_tests[@]}"
 fi

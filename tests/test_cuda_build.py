@@ -1,7 +1,7 @@
 """The GPU code where there is no GPU: the CUDA library loads and checks, the kernels compile.
 
-What the C++ kernels compute is tested by tests/cpp/ternary_cuda_test.cpp, which runs them on the
-CPU, and what the Triton kernels compute by tests/ternary/test_triton.py, interpreted.
+What the C++ kernels compute is tested by tests/cpp/*_cuda_test.cpp, which run them on the CPU, and
+what the Triton kernels compute by tests/ternary/test_triton.py, interpreted.
 """
 
 import os
@@ -62,10 +62,12 @@ def test_library_checks_before_it_asks_for_a_gpu() -> None:
 keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 weight = alignops.ternary.quantize(torch.randn(32, 128))
 packed = torch.zeros(640, dtype=torch.uint8)
+text = torch.zeros(3, dtype=torch.uint16)
 calls = {
     "ternary_prepack": (weight.idx, weight.sign, 128, 3),
     "ternary_unpack": (packed, 32, 128, 2),
     "ternary_linear": (torch.randn(2, 64), packed, torch.zeros(1, 64), None, 32, 128, 48, 1, 0, 3),
+    "spans_find": (text, text, packed, packed, packed),
 }
 for name, args in calls.items():
     try:
@@ -78,6 +80,7 @@ for name, args in calls.items():
     assert lines[0] == "ternary_prepack: idx must be on a GPU, got another device"
     assert lines[1].startswith("ternary_unpack: layout must be 3 (CUDA)")
     assert lines[2].startswith("ternary_linear: group must be")
+    assert lines[3] == "spans_find: text must be on a GPU, got another device"
 
 
 @built

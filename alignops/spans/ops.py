@@ -314,10 +314,8 @@ def penalty_output(logps: Tensor, mask: Tensor, weights: Tensor, carrier: int) -
     return logps.new_empty(logps.shape[:-1], dtype=torch.float64 if wide else torch.float32)
 
 
-@torch.library.impl("alignops::spans_cbd_penalty", "CUDA")
-def _(logps: Tensor, mask: Tensor, weights: Tensor, carrier: int) -> Tensor:
-    # Elementwise and a sum: torch's kernels do it in the time of one launch each, next to a step of
-    # training that takes a million times longer.
+def penalty_on_gpu(logps: Tensor, mask: Tensor, weights: Tensor, carrier: int) -> Tensor:
+    """The operator for CUDA tensors, in torch's own: a few launches in a whole step of training."""
     for name, t in (("mask", mask), ("weights", weights)):
         check(
             t.device == logps.device,
@@ -331,6 +329,9 @@ def _(logps: Tensor, mask: Tensor, weights: Tensor, carrier: int) -> Tensor:
         logp = values.clamp(max=_LARGEST_LOGP)
         u = torch.where(logp > -math.log(2), -(-logp.expm1()).log(), -(-logp.exp()).log1p())
     return torch.where(used, weights * u, 0.0).sum(-1, dtype=out.dtype)
+
+
+torch.library.impl("alignops::spans_cbd_penalty", "CUDA", penalty_on_gpu)
 
 
 def _penalty_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

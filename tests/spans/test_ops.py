@@ -141,6 +141,10 @@ def test_penalty(shape: tuple[int, ...], dtype: torch.dtype, carrier: str) -> No
     wanted = reference.cbd_penalty(values, mask, weights.double(), carrier)
     rtol = 1e-12 if dtype == torch.float64 else 1e-6
     torch.testing.assert_close(penalty.double(), wanted, rtol=rtol, atol=1e-12)
+    other = ops.penalty_on_gpu(logps, mask, weights, CARRIERS.index(carrier))
+    assert other.dtype == penalty.dtype
+    # 1 - p of a token near certainty has few bits in float32.
+    torch.testing.assert_close(other, penalty, rtol=max(rtol, 1e-5), atol=1e-5)
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
