@@ -183,9 +183,9 @@ class Sample {
     const std::vector<uint64_t> begins = group_parts();
     const uint64_t skip = cover_.count_below(equal);
     const auto key = [&, equal, skip](uint32_t p) {
-      // A suffix that has ended is smaller than the others, the shortest one first.
-      return p + equal < text_.size() ? uint64_t{1} << 32 | ranks_[cover_.slot(p) + skip]
-                                      : text_.size() - 1 - p;
+      // A suffix that has ended is smaller than the others. It is alone: the separator at the end
+      // of the text tells those that have ended apart.
+      return p + equal < text_.size() ? uint64_t{ranks_[cover_.slot(p) + skip]} + 1 : 0;
     };
     run_tasks(parallel_, parts(), [&](const auto& next) {
       std::vector<KeyedPosition> entries;

@@ -235,6 +235,20 @@ void large_buckets() {
   one_token.push_back(kSep);
   std::iota(expected.begin(), expected.end(), 0u);
   check<uint8_t>(one_token, 8, expected, 2, "one token repeated");
+  // Ties beyond the period of the sample, many of them in one group of it. By the linear builder,
+  // since naive sorting takes long.
+  Ids runs;
+  for (int i = 0; i < 2200; ++i) {
+    runs.insert(runs.end(), 200, 7);
+    runs.push_back(static_cast<uint32_t>(random.below(6)));
+  }
+  runs.push_back(kSep);
+  const Guarded<uint8_t> text = narrow<uint8_t>(runs);
+  Progress progress;
+  expected.resize(runs.size());
+  expected.resize(build_sais(
+      SuffixJob{text.data(), 1, runs.size(), 8, expected.data(), serial_for(), progress, 0}));
+  check<uint8_t>(runs, 8, expected, 2, "long runs");
 }
 
 // A separator per token, ids at both ends of a large vocabulary.
