@@ -369,15 +369,41 @@ const test::Register damaged("an entry of SUF outside the text is reported", [] 
         std::copy_n(intact + rank * width, width, suf.begin() + static_cast<int64_t>(rank * width));
       }
       // Any order of positions inside the text ends in an answer or a fault, never outside.
-      std::vector<uint8_t> shuffled = suf;
-      for (size_t i = 0; i < shuffled.size(); ++i)
-        shuffled[i] = i % width < 1 ? static_cast<uint8_t>(random.below(256)) : uint8_t{0};
-      Shard wrong = shard;
-      wrong.suf = shuffled.data();
-      Intervals out(batch.size());
-      match(*kernels, small, wrong, batch, true, out);
-      find(*kernels, small, wrong, batch, out);
+      for (int round = 0; round < 20; ++round) {
+        std::vector<uint8_t> shuffled;
+        for (uint64_t rank = 0; rank < shard.suf_size; ++rank) {
+          const int64_t position = random.below(static_cast<int64_t>(shard.text_size));
+          for (size_t i = 0; i < width; ++i)
+            shuffled.push_back(static_cast<uint8_t>(position >> (8 * i)));
+        }
+        Shard wrong = shard;
+        wrong.suf = shuffled.data();
+        Intervals out(batch.size());
+        match(*kernels, small, wrong, batch, true, out);
+        find(*kernels, small, wrong, batch, out);
+      }
     }
+  }
+});
+
+const test::Register short_suffix("a suffix shorter than its neighbours agree is reported", [] {
+  const SmallShard small({1, 1, 1, 1, 1, 1, 1, 3, kSep}, {2, 4, 4, false, false});
+  Batch batch;
+  batch.add({1, 1, 1, 1, 1, 2});
+  Shard shard = small.view();
+  // Ranks 3 and 5 agree with the query in five tokens; the text ends behind the one between them.
+  std::vector<uint32_t> suf{0, 0, 0, 0, 8, 2, 2, 7};
+  shard.suf = suf.data();
+  for (const auto& [name, kernels] : levels()) {
+    Intervals out(1);
+    const Fault fault = find(*kernels, small, shard, batch, out);
+    expect(fault.status == Status::kBadPointer && fault.index == 4, name);
+    suf[4] = 9;  // the end of the text is outside
+    const int64_t rank = 4;
+    int64_t position = 0;
+    const Fault outside = kernels->positions(shard, {&rank, &position}, 0, 1);
+    expect(outside.status == Status::kBadPointer && outside.index == 4, name + " outside");
+    suf[4] = 8;
   }
 });
 

@@ -542,7 +542,7 @@ Fault positions(const Shard& shard, const PositionsArgs& args, int64_t begin, in
 }
 
 template <class Lcp>
-constexpr Kernels search_kernels() {
+constexpr Kernels search_kernels() noexcept {
   return {&find<Lcp>, &match<Lcp>, &narrow<Lcp>, &tokens_at<Lcp>, &positions<Lcp>};
 }
 
