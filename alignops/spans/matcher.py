@@ -129,11 +129,6 @@ class SpanMatcher:
             if rule.surprisal is None
             else as_floats(rule.surprisal, "SpanMatcher", "surprisal")
         )
-        if len(surprisal) != index.vocab_size:
-            raise ValueError(
-                f"SpanMatcher: surprisal must have {index.vocab_size} elements (vocab_size), got "
-                f"{len(surprisal)}"
-            )
         self._native = library.SpanMatcher(
             index._store,
             None if allow is None else allow._store,

@@ -97,6 +97,18 @@ class Guarded {
   std::atomic_flag busy_;
 };
 
+// Of the tokens that occur; SpanMatcher needs a surprisal for each token of the vocabulary.
+double most_surprising(const Store& store, const std::vector<double>& surprisal) {
+  ALIGNOPS_CHECK(surprisal.size() == store.info().vocab_size, "SpanMatcher: surprisal must have ",
+                 store.info().vocab_size, " elements (vocab_size), got ", surprisal.size());
+  const auto ids = store.ids();
+  const auto counts = store.counts();
+  double most = 0;
+  for (size_t i = 0; i < counts.size(); ++i)
+    if (counts[i] > 0) most = std::max(most, surprisal[ids.empty() ? i : ids[i]]);
+  return most;
+}
+
 std::unique_ptr<Guarded> make(const std::shared_ptr<Store>& store,
                               const std::optional<std::shared_ptr<Store>>& allow, int64_t batch,
                               int64_t max_match, const std::string& kind, double tau,
@@ -116,6 +128,7 @@ std::unique_ptr<Guarded> make(const std::shared_ptr<Store>& store,
   check_surprisal(*owned, "SpanMatcher");
   rule.surprisal = *owned;
   rule.owner = owned;
+  rule.most_surprising = most_surprising(*store, *owned);
   return std::make_unique<Guarded>(Matcher(source_of(store),
                                            allow ? std::optional(source_of(*allow)) : std::nullopt,
                                            std::move(rule), batch, max_match));

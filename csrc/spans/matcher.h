@@ -18,6 +18,7 @@
 #include <compare>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -55,6 +56,8 @@ struct MatchRule {
   double log_tokens = 1;              // ln N
   std::span<const double> surprisal;  // of each token, finite and >= 0: see check_surprisal
   std::shared_ptr<const void> owner;  // of `surprisal`
+  // No token of the index has more. `flagged` looks at fewer tokens for a tighter bound.
+  double most_surprising = std::numeric_limits<double>::infinity();
 };
 
 // Throws std::invalid_argument, with `op` in its text.

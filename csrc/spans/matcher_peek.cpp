@@ -207,8 +207,6 @@ void Matcher::peek_exact(std::span<const int64_t> candidates, std::span<MatchSta
 
 std::vector<std::pair<int64_t, int64_t>> Matcher::flagged() const {
   check_sources();
-  if (vocab() == 0) return {};
-  const double most = *std::max_element(rule_.surprisal.begin(), rule_.surprisal.end());
   // The shortest suffix after which any token may be flagged: what follows it, are the candidates.
   std::vector<int64_t> level(rows_.size(), -1);
   for (int64_t i = 0; i < batch(); ++i) {
@@ -216,7 +214,7 @@ std::vector<std::pair<int64_t, int64_t>> Matcher::flagged() const {
     const int64_t length = std::min(longest(unsafe_, i), max_match_ - 1);
     std::vector<double> peak;
     if (rule_.kind == MatchRule::Kind::kMax) peak = peaks(at(i), length);
-    get(level, i) = fewest(at(i), most, length, peak);
+    get(level, i) = fewest(at(i), rule_.most_surprising, length, peak);
   }
   std::vector<std::pair<int64_t, int64_t>> pairs;
   for (int64_t s = 0; s < shards(unsafe_); ++s) followers(s, level, pairs);
