@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from alignops.cli._app import app, bench, run_benchmark
+from alignops.cli._app import app, bench, demo, run_benchmark
 
 if TYPE_CHECKING:
     from alignops.spans.tokenizer import TextTokenizer
+    from alignops.spans.trace import Sample
 
 spans = typer.Typer(no_args_is_help=True, help="Index a corpus; count and trace spans of text.")
 app.add_typer(spans, name="spans")
@@ -87,13 +90,13 @@ def build(
 @spans.command()
 def verify(
     index: Index,
-    level: Annotated[str, typer.Option(help="full: every block; quick: samples.")] = "full",
+    quick: Annotated[bool, typer.Option(help="Check samples, not every block.")] = False,
 ) -> None:
     """Check the files of an index against their checksums."""
     from alignops.spans import SpanIndex
 
     with SpanIndex.open(index, verify="quick") as opened:
-        opened.verify(level)
+        opened.verify("quick" if quick else "full")
         typer.echo(f"{index}: intact, {opened.n_tokens:,} tokens, UUID {opened.uuid}")
 
 
@@ -160,6 +163,75 @@ def count(
         typer.echo(f"{line}  {entry['text']!r}")
 
 
+@spans.command()
+def trace(
+    index: Annotated[str, typer.Argument(help="Index: [NAME=]FOLDER[:SEVERITY].")],
+    inputs: Annotated[
+        list[Path] | None, typer.Argument(help="Text or JSON lines; - reads text from stdin.")
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(help="A completion, given here.")] = None,
+    prompt: Annotated[str, typer.Option(help="The prompt of the completions of --text.")] = "",
+    category: Annotated[
+        list[str] | None, typer.Option(help="A further index: NAME=FOLDER[:SEVERITY].")
+    ] = None,
+    allow: Annotated[Path | None, typer.Option(help="Index of harmless text.")] = None,
+    allow_mode: Annotated[str, typer.Option(help="exact or cover.")] = "exact",
+    tokenizer: Tokenizer = None,
+    field: Annotated[str, typer.Option(help="Key of the completion in JSON lines.")] = "completion",
+    tau: Annotated[float, typer.Option(help="Threshold in nats.")] = 20.0,
+    min_len: Annotated[int, typer.Option(help="Tokens of the shortest span.")] = 8,
+    max_count: Annotated[int | None, typer.Option(help="Most occurrences of a span.")] = None,
+    scope: Annotated[str, typer.Option(help="completion or prompt+completion.")] = "completion",
+    words: Annotated[bool, typer.Option(help="Show spans of whole words.")] = False,
+    verdict: Annotated[bool, typer.Option(help="Judge completions, or only trace them.")] = True,
+    documents: Annotated[int, typer.Option(help="Documents shown per span.")] = 3,
+    context: Annotated[int, typer.Option(help="Tokens of context on either side.")] = 40,
+    title: Annotated[str, typer.Option(help="Title of the report.")] = "Span trace",
+    html: Annotated[Path | None, typer.Option(help="File for the page.")] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="File for the data.")] = None,
+) -> None:
+    """Trace completions to the documents that hold their words; prints, and writes a page."""
+    from rich.console import Console
+
+    from alignops.spans import SpanIndex, TraceShield
+    from alignops.spans.trace import trace as trace_samples
+
+    places = [_place(spec) for spec in (index, *(category or ()))]
+    chosen = _tokenizer(places[0][1], tokenizer)
+    opened = {
+        name: (SpanIndex.open(folder, fingerprint=chosen.fingerprint), severity)
+        for name, folder, severity in places
+    }
+    shield = TraceShield(
+        opened,
+        tau=tau,
+        min_len=min_len,
+        max_count=max_count,
+        allow=SpanIndex.open(allow, fingerprint=chosen.fingerprint) if allow else None,
+        allow_mode=allow_mode,
+        scope=scope,
+    )
+    samples = list(_samples(inputs or [], text or [], prompt, field))
+    if not samples:
+        raise typer.BadParameter("nothing to trace: name files, or give --text")
+    report = trace_samples(
+        samples,
+        shield,
+        chosen,
+        title=title,
+        documents=documents,
+        context=context,
+        words=words,
+        verdict=verdict,
+    )
+    Console().print(report)
+    if html is not None:
+        report.save(html)
+        typer.echo(f"{html} has the documents")
+    if as_json is not None:
+        as_json.write_text(json.dumps(dataclasses.asdict(report), indent=1), encoding="utf-8")
+
+
 def _tokenizer(index: Path, name: str | None) -> TextTokenizer:
     """The named tokenizer, or the one that was kept with the index."""
     from alignops.spans import SpanIndex
@@ -170,6 +242,51 @@ def _tokenizer(index: Path, name: str | None) -> TextTokenizer:
     if name is None and not kept.exists():
         raise ValueError(f"{index} was built from token ids: name its tokenizer with --tokenizer")
     return load_tokenizer(name or kept)
+
+
+def _place(spec: str) -> tuple[str, Path, float]:
+    """Name, folder and severity of `[NAME=]FOLDER[:SEVERITY]`."""
+    name, equals, rest = spec.partition("=")
+    if not equals or Path(spec).exists():
+        name, rest = "", spec
+    folder, _, severity = rest.rpartition(":")
+    try:
+        weight = float(severity) if folder and not Path(rest).exists() else 1.0
+    except ValueError:
+        weight = 1.0
+    else:
+        rest = folder if folder and not Path(rest).exists() else rest
+    return name or Path(rest).name, Path(rest), weight
+
+
+def _samples(inputs: list[Path], texts: list[str], prompt: str, field: str) -> Iterator[Sample]:
+    from alignops.spans.corpus import read_documents
+    from alignops.spans.trace import Sample
+
+    for text in texts:
+        yield Sample(text, prompt)
+    for path in inputs:
+        if str(path) == "-":
+            yield Sample(sys.stdin.read(), prompt, "standard input")
+            continue
+        for document in read_documents([path], field=field, meta_fields=("prompt", "title")):
+            meta = document.meta
+            yield Sample(document.text, str(meta.get("prompt", "")), str(meta.get("title", "")))
+
+
+@demo.command("trace")
+def demo_trace(
+    folder: Annotated[Path, typer.Option(help="For the indexes and the report.")] = Path(
+        "trace-demo"
+    ),
+    tokens: Annotated[int | None, typer.Option(help="Tokens to index; default 20 million.")] = None,
+    quick: Annotated[bool, typer.Option(help="Less of everything.")] = False,
+    json: Annotated[Path | None, typer.Option(help="File for the figures.")] = None,
+) -> None:
+    """Trace SmolLM2-135M to the files of this machine; keep planted procedures out of its text."""
+    from alignops.demo import trace
+
+    trace.run(folder, tokens, quick, json)
 
 
 @bench.command("spans")
