@@ -79,6 +79,7 @@ stage "format" format
 stage "types" mypy
 stage "clang-tidy" tidy
 stage "tests" python -m pytest -q
+stage "tests on a Ray cluster" python -m pytest -q -m ray tests/spans/test_ray.py
 stage "tests on lower instruction sets" lower_levels
 stage "C++ tests with sanitizers" cpp_tests
 stage "CUDA compiler" python scripts/ptxas_report.py

@@ -1,6 +1,8 @@
 """Exact span matching against a token corpus, and what alignment makes of it (arXiv 2508.02063)."""
 
 from alignops.spans import ops as ops
+from alignops.spans.backends import LocalBackend as LocalBackend
+from alignops.spans.backends import ShardBackend as ShardBackend
 from alignops.spans.bounds import DriftBound as DriftBound
 from alignops.spans.bounds import chance_bound as chance_bound
 from alignops.spans.bounds import clopper_pearson as clopper_pearson
@@ -16,6 +18,9 @@ from alignops.spans.build import shard_of as shard_of
 from alignops.spans.decode import Hypothesis as Hypothesis
 from alignops.spans.decode import ProvResult as ProvResult
 from alignops.spans.decode import prov_decode as prov_decode
+from alignops.spans.distributed import Answer as Answer
+from alignops.spans.distributed import DistributedIndex as DistributedIndex
+from alignops.spans.distributed_matcher import DistributedMatcher as DistributedMatcher
 from alignops.spans.errors import IndexCorruptError as IndexCorruptError
 from alignops.spans.errors import IndexIncompleteError as IndexIncompleteError
 from alignops.spans.errors import IndexVersionError as IndexVersionError
@@ -47,3 +52,4 @@ from alignops.spans.shield import Verdict as Verdict
 from alignops.spans.stream import ShieldMatcher as ShieldMatcher
 from alignops.spans.stream import ShieldStream as ShieldStream
 from alignops.spans.veto import SpanVeto as SpanVeto
+from alignops.spans.workers import ProcessBackend as ProcessBackend
