@@ -60,7 +60,6 @@ class _Timed:
 def decode(report: SpansReport) -> Iterator[str]:
     """Time in the matcher over the rest of the decoding, in the same runs."""
     from alignops.integrations.spans import ModelStep
-
     from alignops.spans import TraceShield, prov_decode
 
     size = report.sizes[0]

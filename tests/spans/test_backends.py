@@ -290,7 +290,8 @@ def test_long_texts_are_rebuilt_from_their_tails(cases: dict[int, Case]) -> None
     for token in [t for doc in case.docs for t in doc][:100]:
         ours.advance([token])
         theirs.advance([token])
-        assert_equal(ours.state(), theirs.state())
+        for a, b in zip(ours.state(), theirs.state(), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12)  # sums from another beginning
     assert len(ours._rows[0].tokens) <= 3 * 4
 
 
