@@ -85,16 +85,27 @@ def build(
         for p in range(parts)
         if not targets[p].exists()
     }
-    for p, tasks in running.items():
-        _get(tasks, None)
-        merge_manifest(
-            _building(targets[p]),
-            targets[p],
-            shards=len(tasks),
-            fingerprint=fingerprint,
-            allow_empty=True,
-        )
+    try:
+        for p, tasks in running.items():
+            _get(tasks, None)
+            merge_manifest(
+                _building(targets[p]),
+                targets[p],
+                shards=len(tasks),
+                fingerprint=fingerprint,
+                allow_empty=True,
+            )
+    except BaseException:
+        _stop([task for tasks in running.values() for task in tasks])
+        raise
     return targets
+
+
+def _stop(tasks: list[Any]) -> None:
+    """Cancel tasks and wait for them: one that goes on would hold the lock of its shard."""
+    for one in tasks:
+        ray.cancel(one)
+    ray.wait(tasks, num_returns=len(tasks))
 
 
 def _building(target: Path) -> Path:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,21 +152,31 @@ def test_matcher_survives_its_actor(
             backend = served._groups[0]._backends[0]
             cluster.kill(backend._actor, no_restart=False)
         parent = [1, 0] if step % 3 == 2 else None
-        advance_until_the_actor_is_back(ours, [token, 1], parent)
+        until_the_actor_is_back(ours.advance, [token, 1], parent)
         theirs.advance([token, 1], parent)
-        for a, b in zip(ours.state(), theirs.state(), strict=True):
+        state = until_the_actor_is_back(ours.state)
+        for a, b in zip(state, theirs.state(), strict=True):
             np.testing.assert_array_equal(a, b)
         cand = np.arange(12).reshape(2, 6)
-        np.testing.assert_array_equal(ours.peek(cand), theirs.peek(cand))
+        np.testing.assert_array_equal(until_the_actor_is_back(ours.peek, cand), theirs.peek(cand))
 
 
-def advance_until_the_actor_is_back(matcher: Any, tokens: Any, parent: Any) -> None:
+def until_the_actor_is_back(call: Callable[..., Any], *arguments: Any) -> Any:
     for _ in range(600):
         try:
-            return matcher.advance(tokens, parent)
+            return call(*arguments)
         except ShardUnavailableError:
-            continue
+            time.sleep(0.1)
     raise AssertionError("the actor did not come back")
+
+
+def close(backend: Any) -> None:
+    """Close, and wait until the actor is gone."""
+    backend.close()
+    with pytest.raises(ShardUnavailableError):  # noqa: PT012
+        for _ in range(600):
+            backend._call("part")
+            time.sleep(0.1)
 
 
 def test_replicas(built: tuple[list[Path], SpanIndex], cluster: Any) -> None:
@@ -175,9 +186,9 @@ def test_replicas(built: tuple[list[Path], SpanIndex], cluster: Any) -> None:
     options = {"actor_options": {"num_cpus": 0.2, "max_restarts": 0}}
     with on_ray.serve(parts, workers=1, replicas=2, **options) as index:
         assert index.count([1]) == whole.count([1])
-        index._groups[0]._backends[0].close()
+        close(index._groups[0]._backends[0])
         assert index.count([1, 2]) == whole.count([1, 2])
-        index._groups[0]._backends[1].close()
+        close(index._groups[0]._backends[1])
         with pytest.raises(ShardUnavailableError):
             index.count([1])
 
