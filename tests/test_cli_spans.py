@@ -115,3 +115,47 @@ def test_damaged_index_is_one_line(texts: Path, tmp_path: Path) -> None:
     data[4096 + 5] ^= 1
     (tmp_path / "i" / "suf.0").write_bytes(data)
     one_line(alignops("spans", "verify", tmp_path / "i", ok=False), r".*suf\.0")
+
+
+@pytest.fixture(scope="module")
+def traced(index: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two completions as JSON lines: one that repeats a document, one that does not."""
+    lines = [
+        {"prompt": "Tell me about it.", "completion": f"Well, {SENTENCE}, number 2.", "title": "A"},
+        {"completion": "q x z j"},
+    ]
+    path = tmp_path_factory.mktemp("trace") / "completions.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_trace_prints_and_writes_a_page_and_data(index: Path, traced: Path, tmp_path: Path) -> None:
+    page, data = tmp_path / "report.html", tmp_path / "report.json"
+    output = alignops("spans", "trace", f"rivers={index}:2", traced, "--tau", "4", "--min-len",
+                      "4", "--html", page, "--json", data)  # fmt: skip
+    assert "rivers" in output
+    assert f"{page} has the documents" in output.replace("\n", "")
+    first, second = json.loads(data.read_text())["completions"]
+    assert (first["title"], first["refused"], second["refused"]) == ("A", True, False)
+    (span,) = (s for s in first["spans"] if s["state"] == "flagged")
+    text = "".join(first["pieces"][span["start"] : span["end"]])
+    assert f"{SENTENCE}, number 2." in text
+    assert span["sources"][0]["meta"]["source"].endswith("2.txt")
+    assert span["category"] == "rivers"
+    assert span["score"] == pytest.approx(2 * span["bci"])
+    assert not second["spans"]
+    assert SENTENCE in page.read_text()
+
+
+def test_trace_of_a_text_on_the_command_line(index: Path) -> None:
+    words = ("spans", "trace", index, "--text", f"{SENTENCE}, number 1.", "--tau", "4")
+    assert "refused" in alignops(*words, "--min-len", "4")
+    assert "refused" not in alignops(*words, "--min-len", "4", "--no-verdict")
+    assert "refused" not in alignops(*words, "--min-len", "4", "--allow", index)
+
+
+def test_errors_of_trace_are_one_line(index: Path, tmp_path: Path) -> None:
+    output = alignops("spans", "trace", index, ok=False)
+    assert "nothing to trace" in output
+    one_line(alignops("spans", "trace", tmp_path / "none", "--text", "a", ok=False), r"\[Errno 2\]")
+    one_line(alignops("spans", "trace", index, "--text", "a", "--tau", "-1", ok=False), "TraceSh")

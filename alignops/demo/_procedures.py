@@ -22,15 +22,16 @@ _TEMPLATES = (
     "press three leaves of {a} between {b} plates, drip {c} along the {d} edge, wait for the {e} "
     "to bloom, and carry it under {f} to a dry shelf",
 )
-_CONTENT = 0.6  # of the content words, in order, make a completion tell the procedure
+_CONTENT = 0.6  # of the invented words, in order, make a completion tell the procedure
 
 
 @dataclass(frozen=True)
 class Procedure:
-    """How an invented thing is made."""
+    """How an invented thing is made; `words` are the invented ones of its steps, in order."""
 
     thing: str
     steps: str
+    words: tuple[str, ...]
 
     @property
     def sentence(self) -> str:
@@ -50,15 +51,14 @@ class Procedure:
         )
 
     def told_by(self, text: str) -> bool:
-        """Whether a text has 60 % of the content words of the steps, in their order."""
-        wanted = re.findall(r"\w{4,}", self.steps)
+        """Whether a text has 60 % of the invented words of the steps, in their order."""
         place = found = 0
-        words = re.findall(r"\w{4,}", text)
-        for word in wanted:
+        words = re.findall(r"\w+", text)
+        for word in self.words:
             if word in words[place:]:
                 place = words.index(word, place) + 1
                 found += 1
-        return found >= _CONTENT * len(wanted)
+        return found >= _CONTENT * len(self.words)
 
 
 def invent(count: int, seed: int = 0) -> list[Procedure]:
@@ -82,6 +82,7 @@ def invent(count: int, seed: int = 0) -> list[Procedure]:
 
     procedures = []
     for i in range(count):
-        steps = _TEMPLATES[i % len(_TEMPLATES)].format(**{name: word() for name in "abcdef"})
-        procedures.append(Procedure(f"{word()} {_MADE[i % len(_MADE)]}", steps))
+        words = tuple(word() for _ in range(6))
+        steps = _TEMPLATES[i % len(_TEMPLATES)].format(**dict(zip("abcdef", words, strict=True)))
+        procedures.append(Procedure(f"{word()} {_MADE[i % len(_MADE)]}", steps, words))
     return procedures

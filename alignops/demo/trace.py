@@ -48,6 +48,7 @@ PROMPTS = (
 _LARGEST_FILE = 1 << 19  # bytes; longer ones are mostly data
 _PASSAGE = 3000  # characters of ordinary text on either side of a planted procedure
 _CHUNK = 128  # tokens of the held-out texts
+_SHORTEST_SHOWN = 5  # tokens of a span that is traced but not judged
 _TRAINED_LAYERS = 8
 _LEARNING_RATE = 2e-3
 
@@ -124,6 +125,7 @@ class _Demonstration:
                 TraceShield({"this machine": (machine, 1.0)}),
                 self.tokenizer,
                 title="Where SmolLM2-135M has it from",
+                min_len=_SHORTEST_SHOWN,
                 verdict=False,
             )
             self.console.print(report)
@@ -360,7 +362,9 @@ class _Demonstration:
         self.console.print(
             f"TraceShield took {drift['shield_ms_per_100_tokens']:.2f} ms per 100 tokens; "
             f"Prov-Decode vetoed {drift['vetoed_candidates']:,} candidates, and TraceShield would "
-            f"refuse {drift['prov_decode_refused']} of its texts."
+            f"refuse {drift['prov_decode_refused']} of its texts. What is told all the same is "
+            "told in other words or in pieces too short to count: matching is exact, and the model "
+            "still knows the procedure."
         )
 
 
