@@ -138,6 +138,11 @@ def _legend(threshold: float) -> str:
 def _completion(completion: TracedCompletion, number: int, threshold: float) -> str:
     cards = "\n".join(_card(completion, i, number, threshold) for i in range(len(completion.spans)))
     omitted = f"<p>{completion.omitted} more of smaller BCI.</p>" if completion.omitted else ""
+    risk = ""
+    if completion.refused is not None:
+        risk = f"""<section class="risk"><h3>Risk per category</h3>
+{_risk(completion.risk, threshold)}
+</section>"""
     note = f'<p class="note">{_escape(completion.note)}</p>' if completion.note else ""
     reason = f" ({_escape(completion.reason)})" if completion.reason else ""
     rows = (_span_row(completion, i, number, threshold) for i in range(len(completion.spans)))
@@ -155,9 +160,7 @@ def _completion(completion: TracedCompletion, number: int, threshold: float) -> 
 <div>
 <h3>Completion</h3>
 <p class="text" dir="auto">{_text(completion, number, threshold)}</p>
-<section class="risk"><h3>Risk per category</h3>
-{_risk(completion.risk, threshold)}
-</section>
+{risk}
 <section><h3>Spans</h3>
 <div class="scroll">{table}</div>{omitted}
 </section>

@@ -34,7 +34,8 @@ def render(report: TraceReport) -> Iterator[RenderableType]:
             yield Text(visible(completion.note), "dim")
         yield _text(completion, report.threshold)
         yield Text()
-        yield _risk(completion, report.threshold)
+        if completion.refused is not None:
+            yield _risk(completion, report.threshold)
         if completion.spans:
             yield _spans(completion, report.threshold)
 

@@ -195,6 +195,7 @@ def test_without_verdict_nothing_is_judged() -> None:
     text = Page(report([completion]).html()).text
     assert "refused" not in text.partition("1. t")[2]
     assert "passed" not in text
+    assert "Risk" not in text
     assert "traced" in text
 
 
