@@ -29,8 +29,8 @@ constexpr size_t kBuffer = size_t{1} << 20;
 constexpr uint64_t kWritebackStep = uint64_t{8} << 20;
 // Space is taken ahead of the data in steps that double, within these bounds.
 constexpr uint64_t kFirstReserve = uint64_t{1} << 16, kLargestReserve = uint64_t{256} << 20;
-// Blocks that one thread reads or checks at least: a millisecond of work, since threads that wake up
-// late are all that a small file would gain.
+// Blocks that one thread reads or checks at least: a millisecond of work, since threads that wake
+// up late are all that a small file would gain.
 constexpr int64_t kBlockGrain = 128;
 
 uint64_t block_count(uint64_t payload_bytes) {
