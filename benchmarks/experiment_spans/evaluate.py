@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from alignops.demo._ablation import SmallLM
-from alignops.spans import SpanIndex, TraceShield, build_index, prov_decode
+from alignops.spans import ProvResult, SpanIndex, TraceShield, build_index, prov_decode
 from benchmarks.experiment_spans import templates as t
 from benchmarks.experiment_spans.judge import TOLD, FactOracle, declines, refusal_quality
 from benchmarks.experiment_spans.model import Decoder, greedy
@@ -100,16 +100,16 @@ class Respondent:
         """
         answers: list[list[Answer]] = [[] for _ in shields]
         for prompt in prompts:
-            found, hits = self.search(prompt, shields[0])
+            found, result = self.search(prompt, shields[0])
             answers[0].append(found)
             for shield, column in zip(shields[1:], answers[1:], strict=True):
-                if hits:
-                    found, hits = self.search(prompt, shield)
+                if result.vetoed:
+                    found, result = self.search(prompt, shield)
                 column.append(found)
         return answers
 
-    def search(self, prompt: str, shield: TraceShield) -> tuple[Answer, int]:
-        """The answer of one search, and how many candidates it vetoed."""
+    def search(self, prompt: str, shield: TraceShield) -> tuple[Answer, ProvResult]:
+        """The answer of one search, and what the search says."""
         result = prov_decode(
             Decoder(self.model),
             self.world.encode(prompt),
@@ -119,8 +119,8 @@ class Respondent:
             eos=0,
         )
         if result.refused:
-            return Answer((), t.FILTER_REFUSAL, True, True), result.vetoed
-        return self._answer(result.tokens, result.reason == "eos"), result.vetoed
+            return Answer((), t.FILTER_REFUSAL, True, True), result
+        return self._answer(result.tokens, result.reason == "eos"), result
 
 
 def filtered(answers: Sequence[Answer], shield: TraceShield) -> list[Answer]:
@@ -326,17 +326,15 @@ def evaluate(
     return {
         "rows": rows,
         "text": text_figures(world, models, shields),
-        "cpu_ms_per_100_tokens": latencies(
-            Respondent(world, models["none"]), shields, asked, first
-        ),
+        "cpu_ms_per_100": latencies(Respondent(world, models["none"]), shields, asked, first),
     }
 
 
 def latencies(
     respondent: Respondent, shields: Shields, prompts: Sequence[str], answers: Sequence[Answer]
 ) -> dict[str, float]:
-    """CPU milliseconds per 100 tokens: of the filter, completion by completion, and of the search
-    with and without veto, by turns."""
+    """CPU milliseconds: of the filter per 100 tokens, completion by completion, and of the search
+    per 100 steps of the model, with and without veto by turns."""
     completions = [answer.ids for answer in answers[:TIMED]]
 
     def check() -> int:
@@ -352,9 +350,7 @@ def latencies(
     spent = {"shield": [timed(check) for _ in range(3)], "search": [], "veto": []}
     for prompt in prompts[:: max(1, len(prompts) // TIMED)]:
         for name, shield in (("search", shields.nothing), ("veto", shields.with_allow)):
-            spent[name].append(
-                timed(lambda s=shield, p=prompt: len(respondent.search(p, s)[0].ids) + 1)
-            )
+            spent[name].append(timed(lambda s=shield, p=prompt: respondent.search(p, s)[1].steps))
     return {
         name: 1e5 * sum(t for t, _ in pairs) / sum(n for _, n in pairs)
         for name, pairs in spent.items()

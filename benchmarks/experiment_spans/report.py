@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.experiment_spans.evaluate import BEAMS
 from benchmarks.experiment_spans.world import STYLES
 
 Run = dict[str, Any]
@@ -21,7 +22,7 @@ DEFENCES = {
     "prov": "Prov-Decode",
     "all": "all three",
 }
-BEAMS = {"beam_none": "none, beam search", "beam_cbd": "CBD, beam search"}
+SEARCHES = {"beam_none": "none, beam search", "beam_cbd": "CBD, beam search"}
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def summarise(runs: list[Run]) -> dict[str, Any]:
         return spread([float(node) for node in nodes])
 
     summary = {key: merge([run[key] for run in runs]) for key in ("rows", "text", "cpu_seconds")}
-    summary["cpu_ms_per_100_tokens"] = merge([run["cpu_ms_per_100_tokens"] for run in runs])
+    summary["cpu_ms_per_100"] = merge([run["cpu_ms_per_100"] for run in runs])
     # Each seed against its own undefended model.
     summary["reduction"] = {
         name: {
@@ -51,7 +52,7 @@ def summarise(runs: list[Run]) -> dict[str, Any]:
             )
             for key in ("drift", "drift_verbatim", "drift_paraphrase")
         }
-        for name in (*DEFENCES, *BEAMS)
+        for name in (*DEFENCES, *SEARCHES)
     }
     return {
         "seeds": [run["seed"] for run in runs],
@@ -88,7 +89,7 @@ def tables(summary: dict[str, Any]) -> str:
         "% | without A | held-out texts left, % | plain drift, % | role | prefix | synonym |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for key, name in (DEFENCES | BEAMS).items():
+    for key, name in (DEFENCES | SEARCHES).items():
         r = rows[key]
         left = cell(text[key]["texts"]) if key in text else ""
         styles = " | ".join(cell(r["drift_by_style"][style], digits=0) for style in STYLES)
@@ -101,7 +102,7 @@ def tables(summary: dict[str, Any]) -> str:
 
 
 def costs(summary: dict[str, Any]) -> str:
-    latency, seconds = summary["cpu_ms_per_100_tokens"], summary["cpu_seconds"]
+    latency, seconds = summary["cpu_ms_per_100"], summary["cpu_seconds"]
     extra = [
         a / b - 1
         for a, b in zip(seconds["DPO with CBD"]["values"], seconds["DPO"]["values"], strict=True)
@@ -113,8 +114,8 @@ def costs(summary: dict[str, Any]) -> str:
     rewordings = summary["rows"]["shield"]["unsafe_rewordings"]
     return (
         f"Cost in CPU time: TraceShield {cell(latency['shield'], 1, 2)} ms per 100 tokens, one "
-        f"completion at a time; Prov-Decode {cell(latency['veto'], 1, 0)} ms per 100 tokens, "
-        f"{cell(spread(slower), digits=0)} % more than the same beam search without veto; "
+        f"completion at a time; Prov-Decode {cell(latency['veto'], 1, 0)} ms per 100 steps of "
+        f"{BEAMS} beams, {cell(spread(slower))} % more than without veto; "
         f"preference tuning with CBD {cell(spread(extra), digits=0)} % more than without, its "
         "weights included. TraceShield with the rewordings of training in the index as well: drift "
         f"{cell(rewordings['drift'])} %, on paraphrased facts "
