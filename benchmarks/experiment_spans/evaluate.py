@@ -23,6 +23,7 @@ from benchmarks.experiment_spans.world import CATEGORIES, STYLES, Good, Prompt, 
 
 MAX_NEW_TOKENS = 56
 BEAMS = 4
+LOOKAHEAD = 2  # of the variant of Prov-Decode
 TIMED = 100  # completions of which the filter's time is taken
 
 
@@ -108,13 +109,16 @@ class Respondent:
                 column.append(found)
         return answers
 
-    def search(self, prompt: str, shield: TraceShield) -> tuple[Answer, ProvResult]:
+    def search(
+        self, prompt: str, shield: TraceShield, lookahead: int = 0
+    ) -> tuple[Answer, ProvResult]:
         """The answer of one search, and what the search says."""
         result = prov_decode(
             Decoder(self.model),
             self.world.encode(prompt),
             shield,
             beams=BEAMS,
+            lookahead=lookahead,
             max_new_tokens=MAX_NEW_TOKENS,
             eos=0,
         )
@@ -236,8 +240,11 @@ def text_figures(
     scores = {name: text_scores(world, model) for name, model in models.items()}
     every = [True] * len(world.held_out)
     base = text_perplexity(world, scores["none"], every)
-    verdicts = shields.with_allow.check_batch([world.encode(text) for text in world.held_out])
-    passed = [not verdict.refused for verdict in verdicts]
+    texts = [world.encode(text) for text in world.held_out]
+    passed, passed_bare = (
+        [not verdict.refused for verdict in shield.check_batch(texts)]
+        for shield in (shields.with_allow, shields.without_allow)
+    )
     figures = {"none": {"perplexity": base, "change": 0.0, "texts": 1.0}}
 
     def add(name: str, value: float, against: float, kept: Sequence[bool]) -> None:
@@ -248,6 +255,8 @@ def text_figures(
         }
 
     add("shield", text_perplexity(world, scores["none"], passed), base, passed)
+    bare = text_perplexity(world, scores["none"], passed_bare)
+    add("shield_without_allow", bare, base, passed_bare)
     add("cbd", text_perplexity(world, scores["cbd"], every), base, every)
     for name, model in (("prov", "none"), ("all", "cbd")):
         masked, possible = vetoed(world, scores[model], shields.with_allow)
@@ -314,7 +323,19 @@ def evaluate(
         row(f"beam_{name}", beam, benign_beam, benign_beam)
         if name == "none":
             row("prov", search, benign_search, benign_beam, benign_bare)
+            ahead, benign_ahead = (
+                [respondent.search(prompt, allow, LOOKAHEAD)[0] for prompt in prompts]
+                for prompts in (asked, harmless)
+            )
+            row("lookahead", ahead, benign_ahead, benign_beam)
         else:
+            row(
+                "cbd_shield",
+                filtered(plain, allow),
+                filtered(benign, allow),
+                benign,
+                filtered(benign, bare),
+            )
             # The filter has the last word; by the invariant of the veto it says nothing.
             row(
                 "all",

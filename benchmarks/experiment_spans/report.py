@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiment_spans.evaluate import BEAMS
+from benchmarks.experiment_spans.evaluate import BEAMS, LOOKAHEAD
 from benchmarks.experiment_spans.world import STYLES
 
 Run = dict[str, Any]
@@ -21,6 +20,10 @@ DEFENCES = {
     "cbd": "CBD",
     "prov": "Prov-Decode",
     "all": "all three",
+}
+VARIANTS = {
+    "cbd_shield": "TraceShield on CBD, no search",
+    "lookahead": f"Prov-Decode, lookahead {LOOKAHEAD}",
 }
 SEARCHES = {"beam_none": "none, beam search", "beam_cbd": "CBD, beam search"}
 
@@ -44,15 +47,13 @@ def summarise(runs: list[Run]) -> dict[str, Any]:
 
     summary = {key: merge([run[key] for run in runs]) for key in ("rows", "text", "cpu_seconds")}
     summary["cpu_ms_per_100"] = merge([run["cpu_ms_per_100"] for run in runs])
-    # Each seed against its own undefended model.
+    rows = summary["rows"]
     summary["reduction"] = {
         name: {
-            key: spread(
-                [1 - run["rows"][name][key] / max(run["rows"]["none"][key], 1e-9) for run in runs]
-            )
+            key: less(row[key], rows["none"][key])
             for key in ("drift", "drift_verbatim", "drift_paraphrase")
         }
-        for name in (*DEFENCES, *SEARCHES)
+        for name, row in rows.items()
     }
     return {
         "seeds": [run["seed"] for run in runs],
@@ -60,6 +61,12 @@ def summarise(runs: list[Run]) -> dict[str, Any]:
         "world": runs[0]["world"],
         **summary,
     }
+
+
+def less(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """By which share a is less than b, seed by seed; nothing is no less than nothing."""
+    pairs = zip(a["values"], b["values"], strict=True)
+    return spread([1 - x / y if y else 0.0 for x, y in pairs])
 
 
 def cell(value: dict[str, Any], factor: float = 100.0, digits: int = 1) -> str:
@@ -75,51 +82,61 @@ def tables(summary: dict[str, Any]) -> str:
         "refusal quality, 0-5 | false refusals, % | without A | dPPL |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for key, name in DEFENCES.items():
+    for key, name in (DEFENCES | VARIANTS | SEARCHES).items():
         r = rows[key]
         less = "" if key == "none" else cell(summary["reduction"][key]["drift"], digits=0)
+        change = cell(text[key]["change"], 1, 3) if key in text else ""
+        bare = "" if key == "lookahead" else cell(r["false_refusals_without_allow"])
         lines.append(
             f"| {name} | {cell(r['drift'])} | {cell(r['drift_verbatim'])} "
             f"| {cell(r['drift_paraphrase'])} | {less} | {cell(r['quality'], 1, 2)} "
-            f"| {cell(r['false_refusals'])} | {cell(r['false_refusals_without_allow'])} "
-            f"| {cell(text[key]['change'], 1, 3)} |"
+            f"| {cell(r['false_refusals'])} | {bare} | {change} |"
         )
     lines += [
         "\n| defence | harmless requests answered right, % | harmless answers changed, "
-        "% | without A | held-out texts left, % | plain drift, % | role | prefix | synonym |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "% | without A | plain drift, % | role | prefix | synonym |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for key, name in (DEFENCES | SEARCHES).items():
+    for key, name in (DEFENCES | VARIANTS | SEARCHES).items():
         r = rows[key]
-        left = cell(text[key]["texts"]) if key in text else ""
+        bare = "" if key == "lookahead" else cell(r["changed_without_allow"])
         styles = " | ".join(cell(r["drift_by_style"][style], digits=0) for style in STYLES)
         lines.append(
-            f"| {name} | {cell(r['procedures_right'])} "
-            f"| {cell(r['changed'])} | {cell(r['changed_without_allow'])} | {left} | {styles} |"
+            f"| {name} | {cell(r['procedures_right'])} | {cell(r['changed'])} | {bare} | {styles} |"
         )
     lines.append("\n" + costs(summary))
     return "\n".join(lines)
 
 
 def costs(summary: dict[str, Any]) -> str:
+    """What does not go by defence, in words."""
+    rows, text = summary["rows"], summary["text"]
     latency, seconds = summary["cpu_ms_per_100"], summary["cpu_seconds"]
-    extra = [
-        a / b - 1
-        for a, b in zip(seconds["DPO with CBD"]["values"], seconds["DPO"]["values"], strict=True)
-    ]
-    slower = [
-        a / b - 1
-        for a, b in zip(latency["veto"]["values"], latency["search"]["values"], strict=True)
-    ]
-    rewordings = summary["rows"]["shield"]["unsafe_rewordings"]
+
+    def refused(name: str) -> str:
+        return cell(spread([1 - share for share in text[name]["texts"]["values"]]))
+
+    cbd, veto = (
+        less(seconds["DPO with CBD"], seconds["DPO"]),
+        less(latency["veto"], latency["search"]),
+    )
+    more = {
+        name: spread([-value for value in change["values"]])
+        for name, change in (("cbd", cbd), ("veto", veto))
+    }
+    searches = less(rows["prov"]["drift"], rows["beam_none"]["drift"])
+    rewordings = rows["shield"]["unsafe_rewordings"]
     return (
-        f"Cost in CPU time: TraceShield {cell(latency['shield'], 1, 2)} ms per 100 tokens, one "
-        f"completion at a time; Prov-Decode {cell(latency['veto'], 1, 0)} ms per 100 steps of "
-        f"{BEAMS} beams, {cell(spread(slower))} % more than without veto; "
-        f"preference tuning with CBD {cell(spread(extra), digits=0)} % more than without, its "
-        "weights included. TraceShield with the rewordings of training in the index as well: drift "
+        f"Prov-Decode against the same beam search without veto: {cell(searches, digits=0)} % less "
+        f"drift. TraceShield with the rewordings of training in the index as well: drift "
         f"{cell(rewordings['drift'])} %, on paraphrased facts "
-        f"{cell(rewordings['drift_paraphrase'])} %. Mean (smallest - largest) over seeds "
+        f"{cell(rewordings['drift_paraphrase'])} %. Held-out harmless texts, stories and all, that "
+        f"TraceShield refuses: {refused('shield')} % with A, {refused('shield_without_allow')} % "
+        f"without.\n\nCost in CPU time: TraceShield {cell(latency['shield'], 1, 2)} ms per 100 "
+        f"tokens, one completion at a time, five categories and A; Prov-Decode "
+        f"{cell(latency['veto'], 1, 0)} ms per 100 steps of {BEAMS} beams, {cell(more['veto'])} % "
+        f"more than without veto; preference tuning with CBD {cell(more['cbd'])} % more than "
+        "without, its weights included.\n\nMean (smallest - largest) over seeds "
         f"{', '.join(map(str, summary['seeds']))}."
     )
 
@@ -150,27 +167,11 @@ def plot(summary: dict[str, Any], folder: Path) -> None:
     for shift, (key, (color, label)) in zip((-0.2, 0.2), kinds.items(), strict=True):
         bars(left, shift, [rows[k][key] for k in DEFENCES], width=0.38, color=color, label=label)
     left.set_title("Unsafe requests whose answer tells the fact, %")
-    colors = {"false_refusals": "#1f6fb4", "false_refusals_without_allow": "#999999"}
-    for shift, (key, label) in zip(
-        (-0.2, 0.2),
-        {
-            "false_refusals": "with harmless index",
-            "false_refusals_without_allow": "without",
-        }.items(),
-        strict=True,
-    ):
-        bars(
-            right,
-            shift,
-            [rows[k][key] for k in DEFENCES],
-            width=0.38,
-            color=colors[key],
-            label=label,
-        )
-    right.set_title("Harmless requests that are refused, %")
+    bars(right, 0.0, [rows[k]["procedures_right"] for k in DEFENCES], width=0.5, color="#2ca02c")
+    right.set_title("Harmless requests that are answered right, %")
+    left.legend(frameon=False)
     for axes in (left, right):
         axes.set_xticks(range(len(DEFENCES)), DEFENCES.values())
-        axes.legend(frameon=False)
         axes.grid(alpha=0.25, axis="y")
     figure.savefig(folder / "drift.png", dpi=130)
 
@@ -181,7 +182,8 @@ def plot(summary: dict[str, Any], folder: Path) -> None:
         bars(axes, 0.16 * (i - 2), values, width=0.15, color=color, label=name)
     axes.set_xticks(range(len(STYLES)), STYLES)
     axes.set_title("Drift by style of the request, %")
-    axes.legend(frameon=False)
+    axes.set_ylim(top=1.15 * axes.get_ylim()[1])
+    axes.legend(frameon=False, ncols=5, loc="upper center", fontsize=8.5, columnspacing=1)
     axes.grid(alpha=0.25, axis="y")
     figure.savefig(folder / "styles.png", dpi=130)
     plt.close("all")
@@ -191,8 +193,8 @@ def put(page: Path, mark: str, body: str) -> None:
     """Replaces what is between the two comments of that name; without a page makes one."""
     text = page.read_text() if page.exists() else f"<!-- {mark} -->\n<!-- /{mark} -->\n"
     block = f"<!-- {mark} -->\n{body}\n<!-- /{mark} -->"
-    replace: Callable[[Any], str] = lambda _: block  # noqa: E731
-    page.write_text(re.sub(f"<!-- {mark} -->.*<!-- /{mark} -->", replace, text, flags=re.S))
+    found = re.compile(f"<!-- {mark} -->.*<!-- /{mark} -->", re.S)
+    page.write_text(found.sub(lambda _: block, text))
 
 
 def report(folder: Path) -> None:
