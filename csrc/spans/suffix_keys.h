@@ -46,7 +46,8 @@ class PaddedText {
   }
   void prefetch(uint64_t p, uint64_t lines = 1) const {
     const uintptr_t address = reinterpret_cast<uintptr_t>(data_) + p * sizeof(Token);
-    for (uint64_t line = 0; line < lines; ++line)
+    for (uint64_t line = 0; line < lines; ++line)  // a pointer must not leave the text
+      // NOLINTNEXTLINE(performance-no-int-to-ptr)
       __builtin_prefetch(reinterpret_cast<const void*>(address + 64 * line));
   }
 

@@ -97,7 +97,8 @@ class Level {
 
   static void prefetch(const void* p) { __builtin_prefetch(p); }
   void prefetch_text(uint32_t entry) const {
-    // Unwritten entries point anywhere; nothing is read here.
+    // Unwritten entries point anywhere, where a pointer must not; nothing is read here.
+    // NOLINTNEXTLINE(performance-no-int-to-ptr)
     prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(text_) +
                                            uintptr_t{entry & ~kDone} * sizeof(Token)));
   }
