@@ -419,6 +419,11 @@ class DistributedIndex:
             raise ValueError(
                 "DistributedIndex: a matcher needs all parts, got an index without some"
             )
+        if not isinstance(allow, SpanIndex | None):
+            raise TypeError(
+                "DistributedIndex: allow must be a SpanIndex, which every backend opens, "
+                f"got {type(allow).__name__}"
+            )
         return DistributedMatcher(self, allow, batch, max_match, rule or MatchRule())
 
 

@@ -17,6 +17,8 @@ import numpy as np
 from alignops.spans import scores
 from alignops.spans.arrays import Floats, Ints, as_ids, as_ragged
 from alignops.spans.bounds import tau_null
+from alignops.spans.distributed import DistributedIndex
+from alignops.spans.distributed_matcher import DistributedMatcher
 from alignops.spans.ends import (
     COVER_LENGTH,
     Batch,
@@ -444,7 +446,7 @@ class TraceShield:
     def matcher(self, batch: int = 1) -> ShieldMatcher:
         """The incremental matcher behind `stream`, `prov_decode` and `SpanVeto`, with B rows."""
         matchers = (
-            SpanMatcher(
+            _follow(
                 c.index,
                 self.allow,
                 batch=batch,
@@ -462,6 +464,12 @@ class TraceShield:
             for c in self.categories
         )
         return ShieldMatcher(matchers, self.vocab_size)
+
+
+def _follow(index: Any, allow: Any, **options: Any) -> SpanMatcher | DistributedMatcher:
+    if isinstance(index, DistributedIndex):
+        return index.matcher(allow, **options)
+    return SpanMatcher(index, allow, **options)
 
 
 def _choose(argument: str, value: Any, choices: tuple[str, ...], note: str = "") -> None:

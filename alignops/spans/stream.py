@@ -12,6 +12,7 @@ from alignops.spans.arrays import Ints, as_ids
 from alignops.spans.scores import check_range
 
 if TYPE_CHECKING:
+    from alignops.spans.distributed_matcher import DistributedMatcher
     from alignops.spans.matcher import SpanMatcher
     from alignops.spans.shield import TraceShield, Verdict
 
@@ -26,7 +27,9 @@ class ShieldMatcher:
     threads at once.
     """
 
-    def __init__(self, matchers: Iterable[SpanMatcher], vocab_size: int) -> None:
+    def __init__(
+        self, matchers: Iterable[SpanMatcher | DistributedMatcher], vocab_size: int
+    ) -> None:
         self.matchers = tuple(matchers)
         self.vocab_size = vocab_size
 

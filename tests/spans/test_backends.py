@@ -295,6 +295,29 @@ def test_long_texts_are_rebuilt_from_their_tails(cases: dict[int, Case]) -> None
     assert len(ours._rows[0].tokens) <= 3 * 4
 
 
+@pytest.mark.parametrize("allow_mode", ["none", "exact", "cover"])
+def test_filter(placed: Placed, allow_mode: str, harmless: SpanIndex) -> None:
+    case, index = placed
+    options: dict[str, Any] = {"tau": 4.0, "min_len": 3}
+    if allow_mode != "none":
+        options |= {"allow": harmless, "allow_mode": allow_mode}
+    ours, theirs = TraceShield(index, **options), TraceShield(case.whole, **options)
+    flat, bounds = case.queries(7)
+    verdicts = theirs.check_batch(flat, bounds)
+    assert ours.check_batch(flat, bounds) == verdicts
+    assert any(verdict.refused for verdict in verdicts)
+    stream = ours.stream()
+    for token in flat[:40]:
+        stream.push(token)
+        assert stream.refused == theirs.check(stream.tokens).refused
+
+
+def test_matchers_need_an_allow_index_that_can_be_sent(placed: Placed) -> None:
+    _, index = placed
+    with pytest.raises(TypeError, match="must be a SpanIndex"):
+        index.matcher(index)
+
+
 def test_bad_queries_raise_what_the_index_raises(placed: Placed) -> None:
     _, index = placed
     for q in ([VOCABULARY], [-1]):
