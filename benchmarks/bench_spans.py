@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from benchmarks import corpus, spans_cases
@@ -42,7 +41,7 @@ def test_build(
 
 def test_counts(measure: Callable[..., None], index: Any, text: corpus.Corpus) -> None:
     rows = spans_cases.queries(text, 1024)
-    reads = spans_cases.reads(index, rows, spans_cases.answers(index, rows))
+    reads = spans_cases.count_reads(index, rows, spans_cases.answers(index, rows))
     measure(spans_cases.count_batch(index, rows), cold=False, reads=reads)
 
 
@@ -56,12 +55,12 @@ def test_maximal_spans(
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_extend(measure: Callable[..., None], index: Any, text: corpus.Corpus, rows: int) -> None:
-    measure(spans_cases.extend(index, text, rows, steps=64), cold=False, rows=rows)
+    measure(spans_cases.extend(index, text.held_out, rows, steps=64), cold=False, rows=rows)
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["flags", "exact"])
 def test_peek(measure: Callable[..., None], index: Any, text: corpus.Corpus, exact: bool) -> None:
-    measure(spans_cases.PeekCase(index, text).runner(exact), cold=False)
+    measure(spans_cases.PeekCase(index, text.tokens).runner(exact), cold=False)
 
 
 @pytest.mark.parametrize("batch", [False, True], ids=["one", "batch"])
@@ -74,15 +73,3 @@ def test_shield(measure: Callable[..., None], index: Any, text: corpus.Corpus, b
 
 def test_open(measure: Callable[..., None], index: Any) -> None:
     measure(spans_cases.open_index(index.path, "lazy"), cold=False)
-
-
-def test_repeated_text_repeats_documents() -> None:
-    """A third of the documents of the repeated text are copies of earlier ones."""
-    rng = np.random.default_rng(0)
-    documents = [np.append(rng.integers(0, 50, 20), corpus.SEPARATOR) for _ in range(300)]
-    tokens = np.concatenate(documents).astype(np.uint16)
-    repeated = corpus.repeat(tokens).reshape(300, 21)
-    new = len(np.unique(repeated, axis=0))
-    assert 150 < new < 250
-    assert (repeated[:, -1] == corpus.SEPARATOR).all()
-    assert len(corpus.splice(tokens, 5000)) == 5000

@@ -28,9 +28,15 @@ def _limit(bar: dict[str, Any]) -> str:
 
 
 def _time(seconds: float) -> str:
+    if seconds < 1e-6:
+        return f"{seconds * 1e9:.0f} ns"
     if seconds < 1e-2:
         return f"{seconds * 1e6:.1f} us"
     return f"{seconds * 1e3:.1f} ms" if seconds < 10 else f"{seconds:.1f} s"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.01 else f"{value:.1g}"
 
 
 def summary(document: dict[str, Any]) -> str:
@@ -77,7 +83,7 @@ def measurements(document: dict[str, Any]) -> str:
             seconds = entry["seconds"]
             rate = f"{1 / seconds:.1f} tokens/s"
             time = rate if case.startswith("SmolLM2") else _time(seconds)
-            ratio = f"{entry['ratio']:.2f}" if entry["ratio"] else ""
+            ratio = _ratio(entry["ratio"]) if entry["ratio"] else ""
             rows.append([entry["name"], time, ratio])
         parts.append(f"### {case}\n\n" + table(["", "median", "floor / median"], rows))
     return "\n\n".join(parts)

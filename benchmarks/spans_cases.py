@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,21 +50,26 @@ def ragged(rows: list[Tokens]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(rows).astype(np.uint16), offsets
 
 
-def reads(index: SpanIndex, rows: list[Tokens], counts: list[int]) -> float:
+def _halvings(index: SpanIndex, tokens: Tokens) -> float:
+    """Steps of a binary search in the bucket of each token, or, with a directory, in a stride."""
+    buckets = np.asarray(index.counts)[tokens]
+    if index.n_tokens > DIRECTORY_TOKENS:
+        buckets = np.minimum(buckets, DIRECTORY_STRIDE)
+    return float(np.ceil(np.log2(buckets + 1)).sum())
+
+
+def count_reads(index: SpanIndex, rows: list[Tokens], counts: list[int]) -> float:
     """Random reads that a count takes at least: a read of SUF and one of the text per step.
 
-    The search halves the bucket of the first token, or, with a directory, one stride of it; then it
-    gallops over the occurrences.
+    The search halves the bucket of the first token, then it gallops over the occurrences.
     """
-    occurrences = np.asarray(index.counts)
-    directory = index.n_tokens > DIRECTORY_TOKENS
-    total = 0.0
-    for row, count in zip(rows, counts, strict=True):
-        bucket = int(occurrences[row[0]])
-        if directory:
-            bucket = min(bucket, DIRECTORY_STRIDE)
-        total += 2 * math.ceil(math.log2(bucket + 1)) + 2 * math.ceil(math.log2(count + 1))
-    return total / len(rows)
+    gallop = float(np.ceil(np.log2(np.array(counts) + 1)).sum())
+    return 2 * (_halvings(index, [row[0] for row in rows]) + gallop) / len(rows)
+
+
+def span_reads(index: SpanIndex, rows: list[Tokens]) -> float:
+    """The same for the spans of a completion: a search from each token."""
+    return 2 * _halvings(index, [token for row in rows for token in row]) / len(rows)
 
 
 def build(text: Corpus, target: Path, builder: str) -> Runner:
@@ -176,11 +180,11 @@ def open_tokengrams(folder: Path, text: Path) -> Runner:
     return Runner("tokengrams", lambda: Tokengrams(folder, text), 1)
 
 
-def extend(index: SpanIndex, text: Corpus, rows: int, steps: int = 512) -> Runner:
-    """`advance` of a matcher with `rows` rows by held-out text; per row and token."""
+def extend(index: SpanIndex, source: np.ndarray, rows: int, steps: int = 512) -> Runner:
+    """`advance` of a matcher with `rows` rows by text of `source`; per row and token."""
     from alignops.spans import SpanMatcher
 
-    stream = np.array(windows(text.held_out, steps, rows, seed=4), np.int64).T.copy()
+    stream = np.array(windows(source, steps, rows, seed=4), np.int64).T.copy()
     matcher = SpanMatcher(index, batch=rows)
 
     def run() -> None:
@@ -192,7 +196,7 @@ def extend(index: SpanIndex, text: Corpus, rows: int, steps: int = 512) -> Runne
 
 
 class PeekCase:
-    """Eight rows in the middle of held-out text, 50 candidates each.
+    """Eight rows in the middle of text of `source`, 50 candidates each.
 
     The candidates are the tokens that follow the row's match in the corpus, at most 25, and tokens
     drawn by their frequency.
@@ -200,10 +204,10 @@ class PeekCase:
 
     ROWS, CANDIDATES, CONTEXT = 8, 50, 64
 
-    def __init__(self, index: SpanIndex, text: Corpus) -> None:
+    def __init__(self, index: SpanIndex, source: np.ndarray) -> None:
         from alignops.spans import SpanMatcher
 
-        self.rows = windows(text.held_out, self.CONTEXT, self.ROWS, seed=5)
+        self.rows = windows(source, self.CONTEXT, self.ROWS, seed=5)
         self.matcher = SpanMatcher(index, batch=self.ROWS)
         for tokens in np.array(self.rows, np.int64).T:
             self.matcher.advance(np.ascontiguousarray(tokens))

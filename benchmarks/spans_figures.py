@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 from benchmarks.render import table
 
-STYLES = {
-    "alignops, batch": "o",
-    "alignops, one by one": "s",
-    "infini-gram": "^",
-    "infini-gram, prefetching": "v",
-    "tokengrams": "x",
-}
+MARKERS = "osD^v<>xP*"
 README_ROWS = (
     "build against infini-gram",
     "8-token counts against infini-gram",
@@ -34,25 +29,25 @@ def plot(document: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     limits = document["environment"]["limits"]["1"]["random_read_ns"]
-    figure, panels = pyplot.subplots(1, len(limits), figsize=(7 * len(limits), 5), squeeze=False)
+    figure, panels = pyplot.subplots(1, len(limits), figsize=(10 * len(limits), 5), squeeze=False)
     for panel, (size, by_chains) in zip(panels[0], limits.items(), strict=True):
-        reads = [2**i for i in range(1, 8)]
+        reads = [2**i for i in range(2, 14)]
         for chains, nanoseconds in by_chains.items():
             roof = [1e9 / (nanoseconds * r) for r in reads]
             panel.plot(reads, roof, linewidth=1, label=f"limit: {chains} read(s) in flight")
-        for m in document["measurements"]:
-            if m["tokens"] == int(size) and m["reads"]:
-                style = STYLES.get(m["name"], "+")
-                panel.plot([m["reads"]], [1 / m["seconds"]], style, label=m["name"])
+        found = [m for m in document["measurements"] if m["tokens"] == int(size) and m["reads"]]
+        for m, marker in zip(found, itertools.cycle(MARKERS)):
+            label = f"{m['case'].split(', ')[1]}: {m['name']}"
+            panel.plot([m["reads"]], [1 / m["seconds"]], marker, label=label)
         panel.set(
             xscale="log",
             yscale="log",
-            xlabel="random reads per count, at least",
-            ylabel="counts of 8 tokens per second, one thread",
+            xlabel="random reads per operation, at least",
+            ylabel="operations per second, one thread",
             title=f"{int(size) / 1e6:g} M tokens",
         )
         panel.grid(alpha=0.3, which="both")
-        panel.legend(fontsize=7)
+        panel.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

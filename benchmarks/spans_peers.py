@@ -51,7 +51,8 @@ class InfiniGram:
         return self._engine.count(input_ids=query).count
 
     def next_counts(self, context: list[int]) -> dict[int, int]:
-        found = self._engine.ntd(prompt_ids=context, max_support=1 << 30)
+        # Its default: counts of a sample where the context is frequent.
+        found = self._engine.ntd(prompt_ids=context, max_support=1000)
         return {token: entry.cont_cnt for token, entry in found.result_by_token_id.items()}
 
     def attribute(self, completion: list[int], max_count: int) -> list[Span]:

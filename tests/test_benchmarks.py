@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -119,3 +120,44 @@ def test_figures_go_between_their_marks() -> None:
     assert new.endswith("-->\nbottom\n")
     assert "| torch bf16 | 2000 | 20.0 x |" in new
     assert "wrong" not in new
+
+
+def test_page_picture_and_figures_of_spans(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra [bench]")
+    from benchmarks import render, report
+
+    kind = report.report_of("spans")
+    reads = {"20000000": {"1": 120.0, "32": 7.0}}
+    search = {"case": "20 M tokens, count of 8 tokens", "name": "alignops, batch", "threads": 1}
+    search |= {"seconds": 5e-7, "floor_s": 1e-7, "ratio": 0.2, "tokens": 20_000_000, "reads": 30.0}
+    bar = {"what": "matcher extend", "case": "20 M tokens", "value": 3.0, "bar": 10.0, "unit": "us"}
+    environment = {
+        **{"cores": 2, "cpu": "a CPU", "date": "2026-01-01T00:00:00", "isa": "avx2"},
+        **{"alignops": "0", "torch": "0", "python": "0", "minutes": 1, "quick": False},
+        **{"load_before": 0.0, "niceness": 0, "absent": [], "note": "Text: none."},
+        "limits": {"1": {"read_GBps": 30.0, "random_read_ns": reads}},
+    }
+    document = {
+        "environment": environment,
+        "measurements": [search],
+        "bars": [{**bar, "note": "", "at_most": True, "hit": True}],
+    }
+    page = render.markdown(document, "picture.png", kind)
+    assert "index of 20 M tokens: 120.0 (1), 7.0 (32)" in page
+    assert "| matcher extend | <= 10 | 3 us | hit, 1 of 1 |" in page
+    assert "| alignops, batch | 500 ns | 0.20 |" in page
+    kind.plot(document, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+    assert "| matcher extend | 20 M tokens | 3 us |" in kind.readme(document, "name")
+
+
+def test_corpus_is_repeated_and_spliced() -> None:
+    from benchmarks import corpus
+
+    rng = np.random.default_rng(0)
+    documents = [np.append(rng.integers(0, 50, 20), corpus.SEPARATOR) for _ in range(300)]
+    tokens = np.concatenate(documents).astype(np.uint16)
+    repeated = corpus.repeat(tokens).reshape(300, 21)
+    assert 150 < len(np.unique(repeated, axis=0)) < 250
+    assert (repeated[:, -1] == corpus.SEPARATOR).all()
+    assert len(corpus.splice(tokens, 5000)) == 5000
