@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import atexit
 import dataclasses
+import os
 import shutil
 import statistics
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ steps, so that a ratio could exceed 1."""
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options)
         self.sizes = options.tokens or (QUICK_SIZES if self.quick else SIZES)
-        self.folder = Path(tempfile.mkdtemp(prefix="run-", dir=self._cache()))
+        self.folder = _own_folder(corpus.cache_folder())
         atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
         self.roofs = {t: roofline.read_bandwidth(t) for t in self.threads}
         self.reads = {s: roofline.random_reads(spans_cases.BYTES_PER_TOKEN * s) for s in self.sizes}
@@ -79,12 +79,6 @@ steps, so that a ratio could exceed 1."""
             if not spans_peers.installed(name):
                 self.missing(name)
         self.notes += [f"Text: {self.corpus(size)}." for size in self.sizes]
-
-    @staticmethod
-    def _cache() -> Path:
-        folder = corpus.cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
@@ -175,6 +169,17 @@ steps, so that a ratio could exceed 1."""
                 entry.floor_s = reads * min(self.reads[size].values())
             self.record(entry)
         return seconds
+
+
+def _own_folder(cache: Path) -> Path:
+    """`run-<process>` for the indexes of this run; those of processes that are gone are removed."""
+    for folder in cache.glob("run-*"):
+        if not Path("/proc", folder.name.removeprefix("run-")).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+    own = cache / f"run-{os.getpid()}"
+    shutil.rmtree(own, ignore_errors=True)
+    own.mkdir(parents=True)
+    return own
 
 
 def _case(size: int, what: str) -> str:
