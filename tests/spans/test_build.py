@@ -429,7 +429,7 @@ def test_progress_callback(tmp_path: Path) -> None:
 
 
 def test_progress_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("tqdm")
+    pytest.importorskip("tqdm", reason="needs the extra [corpus]")
     build_index(DOCS, tmp_path / "index", vocab_size=10, progress=True)
     assert "read" in capsys.readouterr().err
 

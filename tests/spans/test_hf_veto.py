@@ -8,7 +8,7 @@ import torch
 from alignops.spans import TraceShield, prov_decode
 from tests.spans.worlds import make_index
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", reason="needs the extra [hf]")
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
