@@ -36,14 +36,17 @@ class KeyValueCache(Protocol):
         """Slots of a row."""
         ...
 
-    def begin(self, starts: Tensor, upto: int, rows: slice, shared: int | None = None) -> None:
+    def begin(self, starts: Tensor, upto: int, rows: slice, shared: int = 0) -> int:
         """Say where the next forward writes, before it runs.
 
         Args:
             starts: (n,) int32, first slot that each row of the forward writes.
-            upto: slots that it attends to; the cache grows if it has fewer.
+            upto: slots that it attends to at least; the cache grows if it has fewer.
             rows: the n rows of the cache that take part.
             shared: the common value of `starts` where the library's own mask depends on it.
+
+        Returns:
+            S: slots that the forward attends to, columns of its mask.
 
         Raises:
             ValueError: the cache is of fixed capacity, and too small.
@@ -107,7 +110,8 @@ class Sampling:
     """How tokens are chosen, by target and drafter alike; temperature 0 is greedy.
 
     `race`: tokens are race winners (rule "coupled"): a drafter that draws its drafts with the same
-    seeds and positions, by `propose(..., race=True)`, is accepted most often.
+    seeds and positions, by `propose(..., race=True)`, is accepted most often. `vocab_size` is the
+    target's V: a drafter with more ids draws from the first V.
     """
 
     temperature: float = 1.0
@@ -115,6 +119,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     race: bool = False
+    vocab_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -167,9 +172,6 @@ class Drafter(Protocol):
     start from what the last `commit`, `add` or `resume` left, and must not rely on an earlier
     `propose`.
     """
-
-    vocab_size: int | None
-    """Ids that it may propose; None: those of the target."""
 
     def start(self, rows: int, capacity: int, sampling: Sampling) -> None:
         """Forget everything, and prepare for `rows` rows of up to `capacity` tokens."""
