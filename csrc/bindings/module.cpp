@@ -5,6 +5,7 @@
 #include "common/isa.h"
 #include "spans/bind.h"
 #include "spans/kernels.h"
+#include "speculative/kernels.h"
 #include "ternary/kernels.h"
 
 namespace py = pybind11;
@@ -21,8 +22,11 @@ py::tuple available_isas() {
 }
 
 const char* self_test_failure() {
-  const char* failure = alignops::ternary::self_test_failure();
-  return failure != nullptr ? failure : alignops::spans::self_test_failure();
+  for (const char* failure :
+       {alignops::ternary::self_test_failure(), alignops::spans::self_test_failure(),
+        alignops::speculative::self_test_failure()})
+    if (failure != nullptr) return failure;
+  return nullptr;
 }
 
 py::dict build_info() {
