@@ -1,0 +1,187 @@
+"""How many tokens to draft: the number that yields most tokens per second, by what was measured.
+
+Shape letters: B rows of a forward, K drafts, Q = K + 1 columns of the target's forward.
+
+Source: arXiv 2211.17192 section 3.3 (expected tokens of a round).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Sequence
+
+from alignops._checks import check
+
+# Evidence of a round counts this much less with every round that follows.
+_DECAY = 0.9
+# Before anything was drafted: this acceptance, with the weight of one draft.
+_PRIOR = 0.6
+# Before two widths were measured: cost of one more column, in costs of the first.
+_SLOPE = 0.15
+# Times that are older than this many rounds, or more than this many, say nothing.
+_KEEP_ROUNDS, _KEEP = 256, 7
+# While nothing is drafted, one draft is tried after this many rounds, then after twice as many.
+_FIRST_PROBE, _LAST_PROBE = 16, 128
+
+
+def expected_tokens(alpha: float, drafts: float) -> float:
+    """Tokens that a row emits per round if each draft is accepted with chance alpha.
+
+    Example:
+        >>> expected_tokens(0.5, 2), expected_tokens(1.0, 4)
+        (1.75, 5)
+    """
+    if alpha >= 1:
+        return 1 + drafts
+    return float((1 - alpha ** (drafts + 1)) / (1 - alpha))
+
+
+class AutoK:
+    """Chooses K for each round: E(alpha, K) / (c_d K + c_v(B, K + 1)) is to be largest.
+
+    alpha is the acceptance of recent rounds, c_d the time of one draft step, c_v that of a forward
+    of the target; both times are medians of recent rounds, and widths that were not measured lie on
+    lines between those that were. Where drafting does not pay, K is 0; then a single draft is tried
+    now and then, so that a text that becomes easy is noticed.
+
+    Args:
+        max_drafts: the largest K.
+
+    Raises:
+        ValueError: max_drafts is below 1.
+
+    Example:
+        >>> auto = AutoK(max_drafts=8)
+        >>> for _ in range(30):
+        ...     k = auto.choose(rows=4)
+        ...     cost = 1.0 + 0.1 * k  # seconds
+        ...     auto.observe(rows=4, asked=k, width=k, offered=[k] * 4, accepted=[k] * 4,
+        ...                  draft_seconds=0.01 * k, target_seconds=cost)
+        >>> auto.choose(rows=4)  # everything is accepted
+        8
+    """
+
+    def __init__(self, max_drafts: int = 8) -> None:
+        check(max_drafts >= 1, f"AutoK: max_drafts must be at least 1, got {max_drafts}")
+        self.max_drafts = max_drafts
+        self._round = self._last_asked = 0
+        self._tested = self._accepted = 0.0
+        # Rows that were asked for drafts, that had some; columns asked for, and computed.
+        self._asked = self._offering = 0.0
+        self._columns_asked = self._columns = 0.0
+        self._draft = _Times()
+        self._target: dict[int, dict[int, _Times]] = {}
+        self._warm: set[int] = set()
+        self._idle, self._probe = 0, _FIRST_PROBE
+
+    @property
+    def acceptance(self) -> float:
+        """Alpha: recent drafts that were accepted, of those whose predecessors were."""
+        return (self._accepted + _PRIOR) / (self._tested + 1)
+
+    def choose(self, rows: int) -> int:
+        """The K of the next round, 0 to max_drafts.
+
+        Args:
+            rows: B, rows of the target's next forward.
+        """
+        points = self._points(rows)
+        best = max(range(self.max_drafts + 1), key=lambda k: self._rate(points, k))
+        if best:
+            self._idle, self._probe = 0, _FIRST_PROBE
+            return best
+        self._idle += 1
+        if self._idle <= self._probe:
+            return 0
+        self._idle, self._probe = 0, min(2 * self._probe, _LAST_PROBE)
+        return 1
+
+    def observe(
+        self,
+        *,
+        rows: int,
+        asked: int,
+        width: int,
+        offered: Sequence[int],
+        accepted: Sequence[int],
+        draft_seconds: float,
+        target_seconds: float,
+    ) -> None:
+        """What a round did.
+
+        Args:
+            rows: B, rows of the target's forward.
+            asked: the K of this round.
+            width: columns of the target's forward, less one: at most `asked`.
+            offered: drafts of each active row, without those that were cut off.
+            accepted: of them accepted.
+            draft_seconds: time of the drafter.
+            target_seconds: time of the target's forward.
+        """
+        self._round += 1
+        if asked:
+            self._forget(_DECAY ** (self._round - self._last_asked))
+            self._last_asked = self._round
+            pairs = list(zip(offered, accepted, strict=True))
+            self._tested += sum(min(k, a + 1) for k, a in pairs)
+            self._accepted += sum(a for _, a in pairs)
+            self._asked += len(pairs)
+            self._offering += sum(k > 0 for k, _ in pairs)
+            self._columns_asked += asked
+            self._columns += width
+            self._draft.add(self._round, draft_seconds / asked)
+        if rows not in self._warm:  # the first forward of a shape does what is done once
+            self._warm.add(rows)
+            return
+        self._target.setdefault(rows, {}).setdefault(width + 1, _Times()).add(
+            self._round, target_seconds
+        )
+
+    def _forget(self, share: float) -> None:
+        for name in ("_tested", "_accepted", "_asked", "_offering", "_columns_asked", "_columns"):
+            setattr(self, name, getattr(self, name) * share)
+
+    def _rate(self, points: list[tuple[int, float]], k: int) -> float:
+        """Tokens of a row per unit of time."""
+        offering = (self._offering + 1) / (self._asked + 1)
+        share = (self._columns + 1) / (self._columns_asked + 1)
+        tokens = 1 + offering * (expected_tokens(self.acceptance, k) - 1)
+        return tokens / (self._draft.value() * k + _forward(points, 1 + share * k))
+
+    def _points(self, rows: int) -> list[tuple[int, float]]:
+        """(Q, seconds) of this number of rows, or of the nearest one that was measured."""
+        since = self._round - _KEEP_ROUNDS
+        for b in sorted(self._target, key=lambda b: abs(b - rows)):
+            points = [(q, times.value(since)) for q, times in sorted(self._target[b].items())]
+            if recent := [point for point in points if point[1] > 0]:
+                return recent
+        return []
+
+
+def _forward(points: list[tuple[int, float]], columns: float) -> float:
+    """c_v: time of a forward, on the lines through what was measured."""
+    if len(points) < 2:
+        at, seconds = points[0] if points else (1, 1.0)
+        return seconds * (1 + _SLOPE * (columns - 1)) / (1 + _SLOPE * (at - 1))
+    right = next((i for i, (at, _) in enumerate(points) if at >= columns), len(points))
+    if 0 < right < len(points):
+        (x0, y0), (x1, y1) = points[right - 1], points[right]
+        return y0 + (y1 - y0) * (columns - x0) / (x1 - x0)
+    (x0, y0), (x1, y1) = points[0], points[-1]
+    x, y = points[0] if right == 0 else points[-1]
+    return max(y + max(y1 - y0, 0) / (x1 - x0) * (columns - x), 0.1 * y)
+
+
+class _Times:
+    """Durations of recent rounds."""
+
+    def __init__(self) -> None:
+        self._entries: deque[tuple[int, float]] = deque(maxlen=_KEEP)
+
+    def add(self, round_: int, seconds: float) -> None:
+        self._entries.append((round_, seconds))
+
+    def value(self, since: int = 0) -> float:
+        recent = [seconds for then, seconds in self._entries if then >= since]
+        return statistics.median(recent) if recent else 0.0
