@@ -12,6 +12,10 @@ struct Tables {
 
   Tables() noexcept {
     for (const Kernels*& level : levels) level = &kRowsScalar;
+#if defined(__x86_64__)
+    add(Isa::kAvx2, kRowsAvx2);
+    add(Isa::kAvx512, kRowsAvx512);
+#endif
   }
 
   void add(Isa isa, const Kernels& candidate) noexcept {

@@ -9,19 +9,6 @@
 namespace alignops::ternary {
 namespace {
 
-// f.operator()<kType>() with the constant that equals `dtype`.
-template <class F>
-void with_dtype(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return f.template operator()<DType::kBFloat16>();
-    case DType::kFloat16:
-      return f.template operator()<DType::kFloat16>();
-    default:
-      return f.template operator()<DType::kFloat32>();
-  }
-}
-
 inline bool is_finite(float v) { return v - v == 0.0f; }
 
 inline bool is_finite(const void* w, DType dtype, int64_t i) {

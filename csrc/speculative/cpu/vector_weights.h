@@ -1,0 +1,176 @@
+// Weights of a register of ids, the same for every vector instruction set. `S` is Avx2Lanes or
+// Avx512Lanes.
+//
+// The weight of an id with logit l is M 2^n, see kernels.h. With
+//
+//   y = floor(F C / 2^(k-3))       n = y >> 23, and the low 23 bits make x in [0, 1)
+//   g = polynomial(x) ~ 2^x        M = 2^23 g
+//
+// (F, C, k: fixed-point logit, factor and shift of the rate) the exponent field of a float takes n
+// as it is, and g 2^(n - N + e) needs no 64-bit lane. What a sum takes of an id is
+// trunc(M 2^16 / 2^(N - n)) = trunc(g 2^(39 - N + n)). The low 32 bits of y suffice, because ids
+// about 100 powers of two below N are left out: they add nothing to a sum, have no part in an R,
+// and never win a race.
+//
+// The polynomial grows with x and stays below 2 (all 2^23 values are tested), so keys grow with
+// logits: N is that of the largest logit, a cut by keys is one by logits, and g needs no limit.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "speculative/cpu/random.h"
+#include "speculative/cpu/weights.h"
+#include "speculative/kernels.h"
+
+namespace alignops::speculative {
+namespace {
+
+constexpr float kInfinity = __builtin_inff(), kLargest = 0x1.fffffep127f;
+
+struct Range {
+  int64_t begin, end;
+};
+
+inline Range ids_of(const Law& law, int64_t tile) {
+  const int64_t end = (tile + 1) * kTile;
+  return {tile * kTile, end < law.size ? end : law.size};
+}
+
+// f.operator()<kType, kGiven>() for the element type of a row, and whether it holds probabilities.
+template <class F>
+auto with_row(const Law& law, const F& f) {
+  return with_dtype(law.dtype, [&]<DType kType>() {
+    return law.probabilities ? f.template operator()<kType, true>()
+                             : f.template operator()<kType, false>();
+  });
+}
+
+// Calls f(floats, first id) for the ids [begin, end) of a row; lanes beyond the end are -inf.
+template <class S, DType kType, class Each>
+[[gnu::always_inline]] inline void each(const void* row, int64_t begin, int64_t end, Each f) {
+  int64_t i = begin;
+  for (; i + S::kLanes <= end; i += S::kLanes) f(S::template load<kType>(row, i), i);
+  if (i < end) f(S::template load<kType>(row, i, end - i), i);
+}
+
+// -------------------------------------------------------------------------------------------------
+// Cuts as limits of the values of a row.
+
+// Floats in order as unsigned integers.
+inline float from_order(uint32_t u) {
+  return bits_float((u & 0x80000000u) != 0 ? u ^ 0x80000000u : ~u);
+}
+
+inline uint32_t order_of(float v) {
+  const uint32_t b = float_bits(v);
+  return (b & 0x80000000u) != 0 ? ~b : b | 0x80000000u;
+}
+
+// The least finite value whose key is `key` or more; +inf if there is none. key > 0.
+inline float least_value(const Law& law, uint64_t key) {
+  if (law.probabilities)
+    return key < 0x7f800000u ? bits_float(static_cast<uint32_t>(key)) : kInfinity;
+  uint32_t low = order_of(-kLargest), high = order_of(kInfinity);
+  while (low < high) {
+    const uint32_t middle = low + (high - low) / 2;
+    if (key_of(weigh(from_order(middle), law.rate)) >= key) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return from_order(low);
+}
+
+// Kept are values from `low` on up to the id `last`, and from `high` on behind it.
+struct Limits {
+  float low, high;
+  int64_t last;
+
+  explicit Limits(const Law& law) : last(law.cut.id) {
+    if (law.cut.key == 0) {
+      low = high = law.probabilities ? bits_float(1) : -kLargest;
+    } else {
+      low = least_value(law, law.cut.key);
+      high = least_value(law, law.cut.key + 1);
+    }
+  }
+
+  // f(begin, end, limit) for the parts of [begin, end) with one limit each.
+  template <class F>
+  [[gnu::always_inline]] void parts(int64_t begin, int64_t end, F f) const {
+    const int64_t middle = last + 1 < begin ? begin : last + 1 < end ? last + 1 : end;
+    if (begin < middle) f(begin, middle, low);
+    if (middle < end) f(middle, end, high);
+  }
+};
+
+// A value below which weights are 2^75 to 2^125 times smaller than 2^top, or nothing finite is.
+inline float least_visible(const Law& law, int32_t top) {
+  const double l = (static_cast<double>(top) - 100.0) / law.rate.factor * power(law.rate.shift);
+  return l < -2047.0 ? -kLargest : static_cast<float>(l);
+}
+
+// -------------------------------------------------------------------------------------------------
+
+// The float with these bits, in all lanes.
+template <class S>
+typename S::F constant(uint32_t bits) {
+  return S::bits(S::ints(static_cast<int32_t>(bits)));
+}
+
+// Turns logits into weights relative to 2^top: floats g 2^(n - top + kUnits), 0 below `limit`.
+template <class S, int kUnits>
+class Weigher {
+ public:
+  using F = typename S::F;
+  using I = typename S::I;
+
+  Weigher(const Law& law, int32_t top, float limit)
+      : scale_(law.rate.factor, law.rate.shift - 3), limit_(S::floats(limit)) {
+    const uint32_t exponent = 127u + kUnits - static_cast<uint32_t>(top);
+    offset_ =
+        S::ints(static_cast<int32_t>((exponent << 23) - S::Scale::excess(law.rate.shift - 3)));
+    const float visible = least_visible(law, top);
+    if (visible > limit) limit_ = S::floats(visible);
+  }
+
+  // log2 of the weight: exponent field and fraction.
+  I position(F l) const {
+    const F inside = S::max(S::min(l, S::floats(2047.0f)), S::floats(-2047.0f));
+    return S::add(S::scaled(S::rounded(S::mul(inside, S::floats(0x1p20f))), scale_), offset_);
+  }
+
+  F weight(F l, I z) const {
+    const F one = S::floats(1.0f);
+    const F x = S::sub(S::bits(S::select(S::ints(kFraction), z, S::bits(one))), one);
+    F g = constant<S>(kExp2[0]);
+    for (int i = 1; i < 5; ++i) g = S::add(S::mul(g, x), constant<S>(kExp2[i]));
+    g = S::add(S::mul(g, x), one);
+    return S::keep(S::at_least(l, limit_), S::bits(S::select(S::ints(kFraction), S::bits(g), z)));
+  }
+
+  F operator()(F l) const { return weight(l, position(l)); }
+
+ private:
+  static constexpr int32_t kFraction = 0x7fffff;
+  typename S::Scale scale_;
+  I offset_;
+  F limit_;
+};
+
+// The same for given probabilities.
+template <class S>
+class Chooser {
+ public:
+  using F = typename S::F;
+  explicit Chooser(float limit) : limit_(S::floats(limit)) {}
+  F operator()(F p) const { return S::keep(S::at_least(p, limit_), p); }
+
+ private:
+  F limit_;
+};
+
+}  // namespace
+}  // namespace alignops::speculative
