@@ -72,6 +72,13 @@ def test_sums_do_not_depend_on_tiles_order(monkeypatch: pytest.MonkeyPatch) -> N
     assert again == one.total
 
 
+def test_impossible_ids_come_last() -> None:
+    logits = np.array([-np.inf, 1.0, 3.0, -np.inf, 2.0], np.float32)
+    assert law(logits).order().tolist() == [2, 4, 1, 0, 3]
+    assert (law(logits, top_k=2).p > 0).tolist() == [False, False, True, False, True]
+    assert law(logits, top_k=2).order().tolist() == [2, 4, 0, 1, 3]
+
+
 def test_cuts() -> None:
     logits = np.log(np.array([0.4, 0.1, 0.3, 0.2], np.float32))
     assert np.allclose(law(logits, top_k=2).p, [4 / 7, 0, 3 / 7, 0])

@@ -130,7 +130,7 @@ class Law:
 
     def order(self) -> Int64:
         """Ids by falling weight; equal weights by rising id."""
-        exponent = np.where(self.mantissa > 0, self.exponent, np.iinfo(np.int64).min)
+        exponent = np.where(self.mantissa > 0, self.exponent, -(1 << 62))
         return np.lexsort((np.arange(self.logits.size), -self.mantissa, -exponent))
 
 
