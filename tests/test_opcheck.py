@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from tests.spans import samples as spans
+from tests.speculative import samples_kv as speculative
 from tests.ternary import samples as ternary
 
-VALID = {**ternary.VALID, **spans.VALID}
-INVALID = {**ternary.INVALID, **spans.INVALID}
+VALID = {**ternary.VALID, **spans.VALID, **speculative.VALID}
+INVALID = {**ternary.INVALID, **spans.INVALID, **speculative.INVALID}
 
 
 def operators() -> set[str]:
