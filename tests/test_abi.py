@@ -23,6 +23,7 @@ ALLOWED = {
         aoti_torch_dtype_(complex[0-9]+|float8_e[45]m[23]fn(uz)?|float8_e5m2(fnuz)?)
         aoti_torch_layout_[a-z_]+ aoti_torch_memory_format_[a-z_]+
         aoti_torch_get_(device_index|device_type|dim|dtype|numel|size|sizes|stride|strides)
+        aoti_torch_dtype_element_size
         aoti_torch_is_contiguous aoti_torch_library_(def|init_fragment|init_impl)
         aoti_torch_new_(tensor_handle|uninitialized_tensor)
         aoti_torch_(create|delete)_device_guard
