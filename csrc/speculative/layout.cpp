@@ -85,7 +85,7 @@ class ElementLine {
  public:
   ElementLine(const MaskArgs& args, int64_t line)
       : out_(static_cast<T*>(args.out) + line * args.slots),
-        shown_(args.kind == MaskKind::kBool ? T{1} : T{0}) {
+        shown_(args.kind == MaskKind::kAdditive ? T{0} : T{1}) {
     std::fill_n(out_, args.slots, static_cast<T>(args.hidden));
   }
   void show(int64_t begin, int64_t end) {
