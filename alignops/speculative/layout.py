@@ -106,7 +106,8 @@ def build_mask(
         first: (B,) slot of query 0; None: right behind the committed tokens.
         counts: (B,) queries that are not padding; None: all.
         slot_positions: (B, S) positions of the committed tokens; below 0: a hole. None: slot s
-            holds position s - pad. Positions from c - 1 on are not visible.
+            holds position s - pad. Positions from c - 1 on are not visible, and slots of queries
+            are not looked up.
         depth: of `build_tree`, (Q,) for all rows or (B, Q), if the queries are a tree.
         ancestors: of `build_tree`, with `depth`.
 

@@ -128,9 +128,11 @@ void show_committed(const MaskArgs& args, int64_t row, int64_t position, int64_t
     line.show(pad + least, pad + committed);
     return;
   }
+  // The slots of the queries hold nothing else, whatever the positions say of them.
+  const int64_t first = args.first_slot(row), behind = first + args.queries.columns;
   const auto seen = [&](int64_t slot) {
     const int64_t at = args.positions[row * args.slots + slot];
-    return at >= least && at < committed;
+    return at >= least && at < committed && (slot < first || slot >= behind);
   };
   for (int64_t slot = 0; slot < args.slots; ++slot) {
     const int64_t begin = slot;

@@ -50,14 +50,15 @@ struct MaskArgs {
   int64_t slots;
   Ints pad;        // (rows); absent: 0
   Ints first;      // (rows), slot of query 0; absent: pad + content - 1
-  Ints positions;  // (rows, slots) of committed tokens, below 0: none; absent: slot - pad
+  Ints positions;  // (rows, slots) of committed tokens, below 0: none; absent: slot - pad. Not read
+                   // where queries are
   Ints ancestors;  // bits (rows, columns), or (columns) for all rows: node i is j or above it
   bool ancestors_shared;
   const int64_t* windows;  // 0: none
   int64_t window_count;
   MaskKind kind;
   int32_t element;  // bytes of an element of out, 1 to 8
-  uint64_t hidden;  // the bits of an element that hides a slot; 0 shows it, 1 for kBool
+  uint64_t hidden;  // the bits of an element that hides a slot; 0 shows it if additive, else 1
   void* out;
 
   int64_t first_slot(int64_t row) const {

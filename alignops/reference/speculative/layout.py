@@ -74,7 +74,7 @@ def mask(
             position = committed + _level(depth, b, j)
             for s in range(slots):
                 at = s - begin if slot_positions is None else int(slot_positions[b, s])
-                visible = 0 <= at < committed
+                visible = 0 <= at < committed and not own <= s < own + q_len
                 if own <= s < own + count:
                     i = s - own
                     path = block if block is None or block.dim() == 2 else block[b]
@@ -96,20 +96,17 @@ def row_mask(
     slot_positions: Tensor | None = None,
 ) -> Tensor:
     """Bool (B, S): slots of committed tokens and of queries."""
-    every = mask(
-        c,
-        q_len,
-        slots,
-        pad=pad,
-        first=first,
-        counts=counts,
-        slot_positions=slot_positions,
-    )
     out = torch.zeros(len(c), slots, dtype=torch.bool)
     for b in range(len(c)):
-        count = _count(c, q_len, counts, b)
-        if count:
-            out[b] = every[b, count - 1]  # the last query sees everything
+        begin = 0 if pad is None else int(pad[b])
+        committed = max(int(c[b]) - 1, 0)
+        own = begin + committed if first is None else int(first[b])
+        for s in range(slots):
+            at = s - begin if slot_positions is None else int(slot_positions[b, s])
+            if own <= s < own + q_len:
+                out[b, s] = s < own + _count(c, q_len, counts, b)
+            else:
+                out[b, s] = 0 <= at < committed
     return out
 
 
