@@ -12,6 +12,7 @@ namespace {
 
 struct Avx2Lanes {
   static constexpr int64_t kLanes = 8;
+  static constexpr int kGroup = 4;
   using F = __m256;
   using I = __m256i;
   using M = __m256;
@@ -76,26 +77,35 @@ struct Avx2Lanes {
   static F choose(M m, F a, F b) { return _mm256_blendv_ps(b, a, m); }
   static I choose(M m, I a, I b) { return bits(_mm256_blendv_ps(bits(b), bits(a), m)); }
 
-  // a where the bits of `where` are set, else b.
-  static I select(I where, I a, I b) { return or_(and_(where, a), and_not(where, b)); }
+  // The low 23 bits of a, the others of b, whose low bits are 0.
+  static I fraction(I a, I b) { return or_(and_(a, ints(0x7fffff)), b); }
+  // g 2^(exponent field of z - kBias) for g in [1, 2).
+  static constexpr int32_t kBias = 0;
+  static F scaled_by(F g, I z) { return bits(add(bits(g), and_(z, ints(~0x7fffff)))); }
 
   // The low 32 bits of floor(a * factor / 2^shift). There is no arithmetic shift of 64 bits: 2^62
   // is added before a logical one, so that bits from 62 - shift on are one more.
   struct Scale {
     I factor, bias;
-    __m128i shift;
+    __m128i shift, rest;
     Scale(int32_t f, int s)
         : factor(ints(f)),
           bias(_mm256_set1_epi64x(s > 32 ? int64_t{1} << 62 : 0)),
-          shift(_mm_cvtsi32_si128(s)) {}
+          shift(_mm_cvtsi32_si128(s)),
+          rest(_mm_cvtsi32_si128(32 - s)) {}
     static uint32_t excess(int s) {  // what `scaled` adds to the floor
       return s > 32 ? uint32_t{1} << (62 - s) : 0;
     }
   };
+  template <bool kPlain>
   static I scaled(I a, const Scale& s) {
-    const I even = _mm256_add_epi64(_mm256_mul_epi32(a, s.factor), s.bias);
-    const I odd = _mm256_add_epi64(_mm256_mul_epi32(_mm256_srli_epi64(a, 32), s.factor), s.bias);
-    return join(_mm256_srl_epi64(even, s.shift), _mm256_srl_epi64(odd, s.shift));
+    const I even = _mm256_mul_epi32(a, s.factor);
+    const I odd = _mm256_mul_epi32(_mm256_srli_epi64(a, 32), s.factor);
+    if constexpr (kPlain)
+      return _mm256_blend_epi32(_mm256_srl_epi64(even, s.shift), _mm256_sll_epi64(odd, s.rest),
+                                0xaa);
+    return join(_mm256_srl_epi64(_mm256_add_epi64(even, s.bias), s.shift),
+                _mm256_srl_epi64(_mm256_add_epi64(odd, s.bias), s.shift));
   }
 
   // Products of unsigned lanes: low and high halves.

@@ -12,6 +12,7 @@ namespace {
 
 struct Avx512Lanes {
   static constexpr int64_t kLanes = 16;
+  static constexpr int kGroup = 4;
   using F = __m512;
   using I = __m512i;
   using M = __mmask16;
@@ -71,8 +72,11 @@ struct Avx512Lanes {
   static F choose(M m, F a, F b) { return _mm512_mask_mov_ps(b, m, a); }
   static I choose(M m, I a, I b) { return _mm512_mask_mov_epi32(b, m, a); }
 
-  // a where the bits of `where` are set, else b.
-  static I select(I where, I a, I b) { return _mm512_ternarylogic_epi32(where, a, b, 0xca); }
+  // The low 23 bits of a, the others of b.
+  static I fraction(I a, I b) { return _mm512_ternarylogic_epi32(a, b, ints(0x7fffff), 0xe4); }
+  // g 2^(exponent field of z - kBias) for g in [1, 2).
+  static constexpr int32_t kBias = 127;
+  static F scaled_by(F g, I z) { return bits(fraction(bits(g), z)); }
 
   // The low 32 bits of floor(a * factor / 2^shift).
   struct Scale {
@@ -81,6 +85,7 @@ struct Avx512Lanes {
     Scale(int32_t f, int s) : factor(ints(f)), shift(_mm_cvtsi32_si128(s)) {}
     static uint32_t excess(int) { return 0; }  // what `scaled` adds to the floor
   };
+  template <bool kPlain>
   static I scaled(I a, const Scale& s) {
     const I even = _mm512_sra_epi64(_mm512_mul_epi32(a, s.factor), s.shift);
     const I odd = _mm512_sra_epi64(_mm512_mul_epi32(_mm512_srli_epi64(a, 32), s.factor), s.shift);

@@ -83,7 +83,7 @@ struct Lead {
 // and where all weights of four registers are such, no random words are made.
 template <class S, DType kType, class Weight>
 void race_tile(const Law& law, const Limits& limits, int64_t tile, uint64_t seed, uint32_t position,
-               Weight weight, TileRace& out) {
+               const Weight& weight, TileRace& out) {
   using I = typename S::I;
   const Range ids = ids_of(law, tile);
   const I n = S::numbers();
@@ -92,32 +92,34 @@ void race_tile(const Law& law, const Limits& limits, int64_t tile, uint64_t seed
                          S::shift_left(S::and_(n, S::ints(3)), S::ints(S::kLanes == 16 ? 2 : 1)));
   Lead<S> lead;
   for (int64_t v = ids.begin; v < ids.end; v += 4 * S::kLanes) {
-    typename S::F w[4];
-    uint32_t possible = 0;
-    for (int64_t r = 0; r < 4; ++r) {
+    Group<S, 4> values;
+    for (int r = 0; r < 4; ++r) {
       const int64_t first = v + r * S::kLanes, left = ids.end - first;
-      w[r] = S::floats(0.0f);
-      if (left <= 0) continue;
-      const auto value = left >= S::kLanes ? S::template load<kType>(law.data, first)
-                                           : S::template load<kType>(law.data, first, left);
-      w[r] = weight(value);
+      values.v[r] = left >= S::kLanes ? S::template load<kType>(law.data, first)
+                    : left > 0        ? S::template load<kType>(law.data, first, left)
+                                      : S::floats(-kInfinity);
+    }
+    Group<S, 4> w = weight(values);
+    uint32_t possible = 0;
+    for (int r = 0; r < 4; ++r) {
+      const int64_t first = v + r * S::kLanes;
       if (limits.last >= ids.begin && first + S::kLanes > limits.last + 1) {
         // Behind the last id of the lower limit.
         const auto before = S::floats(static_cast<float>(limits.last + 1 - first));
-        w[r] = S::keep(
-            S::either(S::at_least(value, S::floats(limits.high)), S::less(S::converted(n), before)),
-            w[r]);
+        w.v[r] = S::keep(S::either(S::at_least(values.v[r], S::floats(limits.high)),
+                                   S::less(S::converted(n), before)),
+                         w.v[r]);
       }
-      possible |= S::set(S::less(lead.enough, w[r]));
+      possible |= S::set(S::less(lead.enough, w.v[r]));
     }
     if (possible == 0) continue;
     I words[4];
     race_words<S>(seed, position, S::add(order, S::ints(static_cast<int32_t>(v / 4))), words);
     S::transpose(words);
     bool better = false;
-    for (int64_t r = 0; r < 4; ++r) {
+    for (int r = 0; r < 4; ++r) {
       const auto place = static_cast<int32_t>(v + r * S::kLanes - ids.begin);
-      better |= lead.update(S::div(noise_of<S>(words[r]), w[r]), S::add(n, S::ints(place)));
+      better |= lead.update(S::div(noise_of<S>(words[r]), w.v[r]), S::add(n, S::ints(place)));
     }
     if (better) lead.join_lanes();
   }
@@ -137,15 +139,11 @@ void race(const Law& law, uint64_t seed, uint32_t position, TileRace* out, int64
       best = {kInfinity, -1, INT32_MIN, stats.bad};
       const float limit = limits.last >= tile * kTile ? limits.low : limits.high;
       if (stats.bad != 0 || !(stats.best >= limit)) continue;
-      if constexpr (kGiven) {
-        race_tile<S, kType>(law, limits, tile, seed, position, Chooser<S>(limit), best);
-        best.top = best.place < 0 ? INT32_MIN : 0;
-      } else {
-        const int32_t top = weigh(stats.best, law.rate).exponent;
-        race_tile<S, kType>(law, limits, tile, seed, position, Weigher<S, 23>(law, top, limit),
-                            best);
-        best.top = best.place < 0 ? INT32_MIN : top;
-      }
+      const int32_t top = kGiven ? 0 : weigh(stats.best, law.rate).exponent;
+      with_weigher<S, kGiven, 23>(law, top, limit, [&](const auto& weigher) {
+        race_tile<S, kType>(law, limits, tile, seed, position, weigher, best);
+      });
+      best.top = best.place < 0 ? INT32_MIN : top;
     }
   });
 }

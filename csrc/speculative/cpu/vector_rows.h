@@ -25,16 +25,13 @@ void largest(const Law& law, TileStats* out, int64_t begin, int64_t end) {
   });
 }
 
-// A weigher for each part of [begin, end) that has one limit: f(begin, end, weigher).
+// f(begin, end, weigher) for the parts of [begin, end) that have one limit.
 template <class S, bool kGiven, int kUnits, class F>
 [[gnu::always_inline]] inline void weighers(const Law& law, const Limits& limits, int32_t top,
                                             int64_t begin, int64_t end, F f) {
   limits.parts(begin, end, [&](int64_t first, int64_t last, float limit) {
-    if constexpr (kGiven) {
-      f(first, last, Chooser<S>(limit));
-    } else {
-      f(first, last, Weigher<S, kUnits>(law, top, limit));
-    }
+    with_weigher<S, kGiven, kUnits>(law, top, limit,
+                                    [&](const auto& weigher) { f(first, last, weigher); });
   });
 }
 
@@ -42,10 +39,10 @@ template <class S, DType kType, bool kGiven>
 uint64_t sum_of(const Law& law, const Limits& limits, int32_t top, Range ids) {
   typename S::Sum sum;
   weighers<S, kGiven, 39>(law, limits, top, ids.begin, ids.end,
-                          [&](int64_t begin, int64_t end, auto weigher) {
-                            each<S, kType>(law.data, begin, end, [&](auto value, int64_t) {
-                              const auto weight = weigher(value);
-                              sum.add(kGiven ? S::mul(weight, S::floats(0x1p40f)) : weight);
+                          [&](int64_t begin, int64_t end, const auto& weigher) {
+                            each<S, kType>(law.data, begin, end, [&](const auto& values, int64_t) {
+                              for (const auto w : weigher(values).v)
+                                sum.add(kGiven ? S::mul(w, S::floats(0x1p40f)) : w);
                             });
                           });
   return sum.total();
@@ -73,8 +70,9 @@ template <class S, DType kType>
 int64_t count_of(const Law& law, const Limits& limits, Range ids) {
   int64_t found = 0;
   limits.parts(ids.begin, ids.end, [&](int64_t begin, int64_t end, float limit) {
-    each<S, kType>(law.data, begin, end, [&](auto value, int64_t) {
-      found += __builtin_popcount(S::set(S::at_least(value, S::floats(limit))));
+    each<S, kType>(law.data, begin, end, [&](const auto& values, int64_t) {
+      for (const auto value : values.v)
+        found += __builtin_popcount(S::set(S::at_least(value, S::floats(limit))));
     });
   });
   return found;
@@ -118,12 +116,16 @@ class Reader {
     const int64_t last = end < law_.size ? end : law_.size;
     with_row(law_, [&]<DType kType, bool kGiven>() {
       const typename S::Factor factor(kGiven ? 0x1p40 : law_.inverse * 0x1p79);
-      weighers<S, kGiven, 0>(law_, limits_, law_.top, begin, last,
-                             [&](int64_t from, int64_t to, auto weigher) {
-                               each<S, kType>(law_.data, from, to, [&](auto value, int64_t v) {
-                                 S::store(out + (v - begin), S::scaled(weigher(value), factor));
-                               });
-                             });
+      weighers<S, kGiven, 0>(
+          law_, limits_, law_.top, begin, last, [&](int64_t from, int64_t to, const auto& weigher) {
+            each<S, kType>(law_.data, from, to, [&](const auto& values, int64_t v) {
+              float* place = out + (v - begin);
+              for (const auto w : weigher(values).v) {
+                S::store(place, S::scaled(w, factor));
+                place += S::kLanes;
+              }
+            });
+          });
     });
     for (int64_t v = last > begin ? last : begin; v < end; ++v) out[v - begin] = 0.0f;
   }
@@ -234,15 +236,19 @@ void normalize(const Density& d, double total, float* out, int64_t begin, int64_
 template <class S, DType kType>
 double entropy_of(const Law& law, const Limits& limits, Range ids) {
   typename S::RealSum weights, logs;
-  weighers<S, false, 0>(law, limits, law.top, ids.begin, ids.end,
-                        [&](int64_t begin, int64_t end, auto weigher) {
-                          each<S, kType>(law.data, begin, end, [&](auto value, int64_t) {
-                            const auto z = weigher.position(value);
-                            const auto weight = weigher.weight(value, z);
-                            weights.add(weight);
-                            logs.add(weight, S::sub(z, S::ints(127 << 23)));
-                          });
-                        });
+  weighers<S, false, 0>(
+      law, limits, law.top, ids.begin, ids.end,
+      [&](int64_t begin, int64_t end, const auto& weigher) {
+        each<S, kType>(law.data, begin, end, [&]<int kN>(const Group<S, kN>& values, int64_t) {
+          typename S::I z[kN];
+          weigher.positions(values, z);
+          const Group<S, kN> w = weigher.weights(values, z);
+          for (int j = 0; j < kN; ++j) {
+            weights.add(w.v[j]);
+            logs.add(w.v[j], S::sub(z[j], S::ints(S::kBias << 23)));
+          }
+        });
+      });
   constexpr double kLn2 = 0.6931471805599453;
   const double scale = law.inverse * 0x1p39;
   return -scale * (kLn2 * 0x1p-23 * logs.total() + __builtin_log(scale) * weights.total());
@@ -328,7 +334,7 @@ int64_t collect(const Law& law, uint64_t low, uint64_t high, Entry* out, int64_t
 }
 
 template <class S>
-constexpr Kernels row_kernels() {
+constexpr Kernels row_kernels() noexcept {
   return {largest<S>,   scan<S>, peak<S>,    count<S>,     sums<S>,   find<S>,
           normalize<S>, race<S>, entropy<S>, histogram<S>, collect<S>};
 }

@@ -46,12 +46,29 @@ auto with_row(const Law& law, const F& f) {
   });
 }
 
-// Calls f(floats, first id) for the ids [begin, end) of a row; lanes beyond the end are -inf.
+// Registers that take each step together: while one waits for the result of a step, the others go
+// on.
+template <class S, int kN>
+struct Group {
+  static constexpr int kCount = kN;
+  typename S::F v[kN];
+};
+
+// Calls f(group, first id) for the ids [begin, end) of a row; lanes beyond the end are -inf.
 template <class S, DType kType, class Each>
 [[gnu::always_inline]] inline void each(const void* row, int64_t begin, int64_t end, Each f) {
+  constexpr int64_t kStep = S::kGroup * S::kLanes;
   int64_t i = begin;
-  for (; i + S::kLanes <= end; i += S::kLanes) f(S::template load<kType>(row, i), i);
-  if (i < end) f(S::template load<kType>(row, i, end - i), i);
+  for (; i + kStep <= end; i += kStep) {
+    Group<S, S::kGroup> group;
+    for (int j = 0; j < S::kGroup; ++j)
+      group.v[j] = S::template load<kType>(row, i + j * S::kLanes);
+    f(group, i);
+  }
+  for (; i < end; i += S::kLanes)
+    f(Group<S, 1>{{end - i >= S::kLanes ? S::template load<kType>(row, i)
+                                        : S::template load<kType>(row, i, end - i)}},
+      i);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -120,8 +137,11 @@ typename S::F constant(uint32_t bits) {
   return S::bits(S::ints(static_cast<int32_t>(bits)));
 }
 
-// Turns logits into weights relative to 2^top: floats g 2^(n - top + kUnits), 0 below `limit`.
-template <class S, int kUnits>
+// Turns logits into weights relative to 2^top: floats g 2^(n - top + kUnits), 0 below the limit.
+// The plain form is for rows without a cut whose visible logits lie in (-2047, 2047), at a
+// temperature below 90: what lies below the limit has the weight of the limit, which is as good as
+// 0.
+template <class S, int kUnits, bool kPlain>
 class Weigher {
  public:
   using F = typename S::F;
@@ -129,32 +149,51 @@ class Weigher {
 
   Weigher(const Law& law, int32_t top, float limit)
       : scale_(law.rate.factor, law.rate.shift - 3), limit_(S::floats(limit)) {
-    const uint32_t exponent = 127u + kUnits - static_cast<uint32_t>(top);
-    offset_ =
-        S::ints(static_cast<int32_t>((exponent << 23) - S::Scale::excess(law.rate.shift - 3)));
-    const float visible = least_visible(law, top);
-    if (visible > limit) limit_ = S::floats(visible);
+    const uint32_t exponent = static_cast<uint32_t>(S::kBias + kUnits) - static_cast<uint32_t>(top);
+    const uint32_t excess = kPlain ? 0 : S::Scale::excess(law.rate.shift - 3);
+    offset_ = S::ints(static_cast<int32_t>((exponent << 23) - excess));
   }
 
-  // log2 of the weight: exponent field and fraction.
-  I position(F l) const {
-    const F inside = S::max(S::min(l, S::floats(2047.0f)), S::floats(-2047.0f));
-    return S::add(S::scaled(S::rounded(S::mul(inside, S::floats(0x1p20f))), scale_), offset_);
+  // log2 of the weights: exponent field and fraction; the exponent is kBias too large.
+  template <int kN>
+  [[gnu::always_inline]] void positions(const Group<S, kN>& l, I (&z)[kN]) const {
+    for (int j = 0; j < kN; ++j) {
+      const F inside = kPlain ? S::max(l.v[j], limit_)
+                              : S::max(S::min(l.v[j], S::floats(2047.0f)), S::floats(-2047.0f));
+      // Times 2^20. A zero or a subnormal number becomes another one that is rounded to 0.
+      z[j] = S::rounded(S::bits(S::add(S::bits(inside), S::ints(20 << 23))));
+    }
+    for (int j = 0; j < kN; ++j) z[j] = S::add(S::template scaled<kPlain>(z[j], scale_), offset_);
   }
 
-  F weight(F l, I z) const {
+  template <int kN>
+  [[gnu::always_inline]] Group<S, kN> weights(const Group<S, kN>& l, const I (&z)[kN]) const {
     const F one = S::floats(1.0f);
-    const F x = S::sub(S::bits(S::select(S::ints(kFraction), z, S::bits(one))), one);
-    F g = constant<S>(kExp2[0]);
-    for (int i = 1; i < 5; ++i) g = S::add(S::mul(g, x), constant<S>(kExp2[i]));
-    g = S::add(S::mul(g, x), one);
-    return S::keep(S::at_least(l, limit_), S::bits(S::select(S::ints(kFraction), S::bits(g), z)));
+    F x[kN];
+    Group<S, kN> g;
+    for (int j = 0; j < kN; ++j) {
+      x[j] = S::sub(S::bits(S::fraction(z[j], S::bits(one))), one);
+      g.v[j] = constant<S>(kExp2[0]);
+    }
+    for (int i = 1; i < 6; ++i) {
+      const F c = i < 5 ? constant<S>(kExp2[i]) : one;
+      for (int j = 0; j < kN; ++j) g.v[j] = S::add(S::mul(g.v[j], x[j]), c);
+    }
+    for (int j = 0; j < kN; ++j) {
+      g.v[j] = S::scaled_by(g.v[j], z[j]);
+      if constexpr (!kPlain) g.v[j] = S::keep(S::at_least(l.v[j], limit_), g.v[j]);
+    }
+    return g;
   }
 
-  F operator()(F l) const { return weight(l, position(l)); }
+  template <int kN>
+  [[gnu::always_inline]] Group<S, kN> operator()(const Group<S, kN>& l) const {
+    I z[kN];
+    positions(l, z);
+    return weights(l, z);
+  }
 
  private:
-  static constexpr int32_t kFraction = 0x7fffff;
   typename S::Scale scale_;
   I offset_;
   F limit_;
@@ -166,11 +205,32 @@ class Chooser {
  public:
   using F = typename S::F;
   explicit Chooser(float limit) : limit_(S::floats(limit)) {}
-  F operator()(F p) const { return S::keep(S::at_least(p, limit_), p); }
+  template <int kN>
+  [[gnu::always_inline]] Group<S, kN> operator()(const Group<S, kN>& p) const {
+    Group<S, kN> kept;
+    for (int j = 0; j < kN; ++j) kept.v[j] = S::keep(S::at_least(p.v[j], limit_), p.v[j]);
+    return kept;
+  }
 
  private:
   F limit_;
 };
+
+// f(weigher) for the ids of a row that are kept from `limit` on.
+template <class S, bool kGiven, int kUnits, class F>
+[[gnu::always_inline]] inline void with_weigher(const Law& law, int32_t top, float limit, F f) {
+  if constexpr (kGiven) {
+    f(Chooser<S>(limit));
+  } else {
+    const float visible = least_visible(law, top);
+    if (law.cut.key == 0 && visible >= -2047.0f && law.rate.shift - 3 <= 32 &&
+        top < weigh(2047.0f, law.rate).exponent) {
+      f(Weigher<S, kUnits, true>(law, top, visible));
+    } else {
+      f(Weigher<S, kUnits, false>(law, top, visible > limit ? visible : limit));
+    }
+  }
+}
 
 }  // namespace
 }  // namespace alignops::speculative
