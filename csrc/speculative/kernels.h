@@ -77,8 +77,8 @@ struct TileStats {
 // The smallest ratio E / (M * 2^(n - N_t)) of the kept ids of a tile with N_t - n <= 96; of
 // probabilities, E / p.
 struct TileRace {
-  float ratio;    // +inf if no id is kept
-  int32_t place;  // of the first such id; -1 if there is none
+  float ratio;    // +inf if no id is kept, or none but probabilities near 0
+  int32_t place;  // of the first such id; -1 if ratio is +inf
   int32_t top;    // as in TileStats
   int32_t bad;    // as in TileStats
 };

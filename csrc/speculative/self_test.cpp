@@ -5,12 +5,13 @@
 #include <vector>
 
 #include "common/float16.h"
+#include "speculative/cpu/weights.h"
 
 namespace alignops::speculative {
 namespace {
 
 // Two whole tiles and a part of one.
-constexpr int64_t kSize = 2 * kTile + 1003, kTiles = tiles_of(kSize);
+constexpr int64_t kSize = 2 * kTile + 1003;
 constexpr int64_t kDrafterSize = kTile + 77;
 constexpr double kEntropyTolerance = 1e-6;
 
@@ -68,55 +69,63 @@ void add(Answers& out, const TileStats& stats, bool all) {
   out.exact.push_back(stats.sum);
 }
 
+template <class T>
+std::vector<T> per_tile(const Law& law) {
+  return std::vector<T>(static_cast<size_t>(tiles_of(law.size)));
+}
+
 // The law with top and inverse of the whole row, from the scalar kernels.
 Law whole(Law law) {
-  std::vector<TileStats> tiles(kTiles);
-  const int64_t count = tiles_of(law.size);
-  kRowsScalar.scan(law, tiles.data(), 0, count);
+  auto tiles = per_tile<TileStats>(law);
+  kRowsScalar.scan(law, tiles.data(), 0, tiles_of(law.size));
   law.top = INT32_MIN;
-  for (int64_t t = 0; t < count; ++t) law.top = tiles[t].top > law.top ? tiles[t].top : law.top;
+  for (const TileStats& tile : tiles) law.top = tile.top > law.top ? tile.top : law.top;
   uint64_t sum = 0;
-  for (int64_t t = 0; t < count; ++t)
-    if (tiles[t].sum > 0 && law.top - tiles[t].top < 64)
-      sum += tiles[t].sum >> (law.top - tiles[t].top);
+  for (const TileStats& tile : tiles)
+    if (tile.sum > 0 && int64_t{law.top} - tile.top < 64) sum += tile.sum >> (law.top - tile.top);
   law.inverse = 1.0 / static_cast<double>(sum);
   return law;
 }
 
 void ask_density(const Kernels& kernels, const Density& d, Answers& out) {
-  std::vector<uint64_t> sums(kTiles);
-  kernels.sums(d, sums.data(), 0, kTiles);
+  const int64_t tiles = tiles_of(d.p->size);
+  auto sums = per_tile<uint64_t>(*d.p);
+  kernels.sums(d, sums.data(), 0, tiles);
   out.exact.insert(out.exact.end(), sums.begin(), sums.end());
-  for (int64_t t = 0; t < kTiles; ++t)
-    for (const uint64_t part : {uint64_t{0}, sums[t] / 3, sums[t] - 1})
-      if (part < sums[t]) out.exact.push_back(static_cast<uint64_t>(kernels.find(d, t, part)));
-  std::vector<float> normal(kSize);
-  kernels.normalize(d, 0x1p39, normal.data(), 0, kTiles);
+  int64_t tile = 0;
+  for (const uint64_t sum : sums) {
+    for (const uint64_t part : {uint64_t{0}, sum / 3, sum - 1})
+      if (part < sum) out.exact.push_back(static_cast<uint64_t>(kernels.find(d, tile, part)));
+    ++tile;
+  }
+  std::vector<float> normal(static_cast<size_t>(d.p->size));
+  kernels.normalize(d, 0x1p39, normal.data(), 0, tiles);
   for (const float value : normal) out.exact.push_back(bits(value));
 }
 
 Answers ask(const Kernels& kernels, const Law& law, const Law& drafter) {
   Answers out;
-  std::vector<TileStats> stats(kTiles);
-  kernels.largest(law, stats.data(), 0, kTiles);
+  const int64_t tiles = tiles_of(law.size);
+  auto stats = per_tile<TileStats>(law);
+  kernels.largest(law, stats.data(), 0, tiles);
   for (const TileStats& tile : stats) add(out, tile, false);
-  kernels.scan(law, stats.data(), 0, kTiles);
+  kernels.scan(law, stats.data(), 0, tiles);
   for (const TileStats& tile : stats) add(out, tile, true);
-  std::vector<uint64_t> peaks(kTiles);
-  kernels.peak(law, peaks.data(), 0, kTiles);
+  auto peaks = per_tile<uint64_t>(law);
+  kernels.peak(law, peaks.data(), 0, tiles);
   out.exact.insert(out.exact.end(), peaks.begin(), peaks.end());
-  std::vector<uint32_t> counts(kTiles);
-  kernels.count(law, counts.data(), 0, kTiles);
+  auto counts = per_tile<uint32_t>(law);
+  kernels.count(law, counts.data(), 0, tiles);
   out.exact.insert(out.exact.end(), counts.begin(), counts.end());
   ask_density(kernels, {&law, nullptr, 1.0f}, out);
   ask_density(kernels, {&law, &drafter, 0.75f}, out);
-  std::vector<TileRace> races(kTiles);
-  kernels.race(law, 0x0123456789ABCDEF, 77, races.data(), 0, kTiles);
+  auto races = per_tile<TileRace>(law);
+  kernels.race(law, 0x0123456789ABCDEF, 77, races.data(), 0, tiles);
   for (const TileRace& tile : races)
     for (const uint64_t word : {bits(tile.ratio), bits(tile.place), bits(tile.top), bits(tile.bad)})
       out.exact.push_back(word);
-  out.entropies.resize(kTiles);
-  kernels.entropy(law, out.entropies.data(), 0, kTiles);
+  out.entropies = per_tile<double>(law);
+  kernels.entropy(law, out.entropies.data(), 0, tiles);
   // Buckets of whole exponents, and of one exponent.
   uint64_t high = 0;
   for (const uint64_t key : peaks) high = key > high ? key : high;
@@ -126,14 +135,15 @@ Answers ask(const Kernels& kernels, const Law& law, const Law& drafter) {
     std::vector<uint64_t> sums(kBuckets);
     const uint64_t span = (uint64_t{kBuckets} << shift) - 1;
     kernels.histogram(
-        {&law, high > span ? high - span : 1, high, shift, number.data(), sums.data()}, 0, kTiles);
+        {&law, high > span ? high - span : 1, high, shift, number.data(), sums.data()}, 0, tiles);
     out.exact.insert(out.exact.end(), number.begin(), number.end());
     out.exact.insert(out.exact.end(), sums.begin(), sums.end());
   }
-  for (const int64_t capacity : {int64_t{5}, kSize}) {
+  const uint64_t near = uint64_t{2} << coarse;
+  for (const int64_t capacity : {int64_t{5}, law.size}) {
     std::vector<Entry> entries(static_cast<size_t>(capacity));
-    const int64_t found = kernels.collect(law, high - (uint64_t{2} << coarse), high, entries.data(),
-                                          capacity, 0, kTiles);
+    const int64_t found = kernels.collect(law, high > near ? high - near : 1, high, entries.data(),
+                                          capacity, 0, tiles);
     for (int64_t i = 0; i < found; ++i) {
       out.exact.push_back(entries[static_cast<size_t>(i)].key);
       out.exact.push_back(static_cast<uint64_t>(entries[static_cast<size_t>(i)].id));
@@ -142,20 +152,28 @@ Answers ask(const Kernels& kernels, const Law& law, const Law& drafter) {
   return out;
 }
 
+}  // namespace
+
 bool agrees_on(const Kernels& kernels, Law law, Law drafter) {
   drafter = whole(drafter);
-  uint64_t peaks[kTiles];
-  kRowsScalar.peak(law, peaks, 0, kTiles);
-  const uint64_t middle = peaks[0] - (uint64_t{3} << (law.probabilities ? 22 : 23));
-  for (const Cut& cut : {kNoCut, Cut{middle, INT64_MAX}, Cut{peaks[0], kSize / 2}}) {
+  auto peaks = per_tile<uint64_t>(law);
+  law.cut = kNoCut;
+  kRowsScalar.peak(law, peaks.data(), 0, tiles_of(law.size));
+  uint64_t high = 0;
+  for (const uint64_t key : peaks) high = key > high ? key : high;
+  // Well below the top; among the equals of the top; at an id from the middle of the row.
+  const uint64_t below = uint64_t{3} << (law.probabilities ? 22 : 23);
+  const int64_t id = law.size / 3;
+  for (const Cut& cut : {kNoCut, Cut{high > below ? high - below : 1, INT64_MAX},
+                         Cut{peaks[0], law.size / 2}, Cut{key_at(law, id), id}}) {
+    if (cut.key == 0 && cut.id >= 0) continue;
     law.cut = cut;
     const Law ready = whole(law);
+    if (ready.top == INT32_MIN) continue;  // nothing is possible
     if (!ask(kernels, ready, drafter).agree(ask(kRowsScalar, ready, drafter))) return false;
   }
   return true;
 }
-
-}  // namespace
 
 bool agrees_with_scalar(const Kernels& kernels) {
   constexpr Rate kWarm{774541002, 29}, kCold{968176238, 26};  // T = 1 and 0.1
@@ -181,8 +199,8 @@ bool agrees_with_scalar(const Kernels& kernels) {
       std::vector<float> damaged = p;
       damaged[static_cast<size_t>(i)] = value;
       const Law bad = law(damaged.data(), DType::kFloat32, false, kSize, kWarm);
-      TileStats stats[kTiles];
-      TileRace races[kTiles];
+      TileStats stats[2];
+      TileRace races[2];
       kernels.scan(bad, stats, 1, 2);
       kernels.race(bad, 1, 2, races, 1, 2);
       if (stats[1].bad != 1 || races[1].bad != 1) return false;

@@ -8,4 +8,8 @@ namespace alignops::speculative {
 
 bool agrees_with_scalar(const Kernels& kernels);
 
+// The same comparison on a given row, without a cut and with some, and with a drafter's row that is
+// no longer; cuts, tops and inverses of the two are not read.
+bool agrees_on(const Kernels& kernels, Law law, Law drafter);
+
 }  // namespace alignops::speculative

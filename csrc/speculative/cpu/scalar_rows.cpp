@@ -146,11 +146,12 @@ void race(const Law& law, uint64_t seed, uint32_t position, TileRace* out, int64
         weight = static_cast<float>(static_cast<double>(w.mantissa) * power(w.exponent - best.top));
       }
       const float ratio = noise(words.word[v % 4]) / weight;
-      if (ratio < best.ratio || best.place < 0) {
+      if (ratio < best.ratio) {
         best.ratio = ratio;
         best.place = static_cast<int32_t>(v - first);
       }
     }
+    if (best.place < 0) best.top = INT32_MIN;
   }
 }
 

@@ -13,7 +13,9 @@ namespace alignops::speculative {
 namespace {
 
 // Values of this many ids are held in memory between two steps.
-constexpr int64_t kChunk = 512;
+constexpr int64_t kChunk = 512, kSlack = 16;
+
+inline int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
 // -------------------------------------------------------------------------------------------------
 // Largest value and sums of weights
@@ -111,7 +113,8 @@ class Reader {
  public:
   explicit Reader(const Law& law) : law_(law), limits_(law) {}
 
-  // Of the ids [begin, end), 0 beyond the row; writes up to a multiple of the lanes.
+  // Of the ids [begin, end), 0 beyond the row and from `end` to a multiple of the lanes; `out` has
+  // room for kSlack more.
   void read(int64_t begin, int64_t end, float* out) const {
     const int64_t last = end < law_.size ? end : law_.size;
     with_row(law_, [&]<DType kType, bool kGiven>() {
@@ -127,7 +130,8 @@ class Reader {
             });
           });
     });
-    for (int64_t v = last > begin ? last : begin; v < end; ++v) out[v - begin] = 0.0f;
+    const int64_t padded = begin + round_up(end - begin, S::kLanes);
+    for (int64_t v = last > begin ? last : begin; v < padded; ++v) out[v - begin] = 0.0f;
   }
 
  private:
@@ -143,10 +147,10 @@ class DensityReader {
   // Of the ids [begin, end), at most kChunk; 0 from there to a multiple of the lanes. Returns that.
   int64_t read(int64_t begin, int64_t end, float* out) const {
     p_.read(begin, end, out);
-    const int64_t size = (end - begin + S::kLanes - 1) / S::kLanes * S::kLanes;
+    const int64_t size = round_up(end - begin, S::kLanes);
     const auto scale = S::floats(d_.scale);
     if (d_.q != nullptr && begin < d_.q->size) {
-      alignas(64) float q[kChunk];
+      alignas(64) float q[kChunk + kSlack];
       q_.read(begin, end, q);
       for (int64_t i = 0; i < size; i += S::kLanes)
         S::store(out + i,
@@ -173,7 +177,7 @@ uint64_t sum_of(const float* r, int64_t size) {
 // f(first id, number of ids, r, size) for the chunks of a range of ids; stops where it is true.
 template <class S, class F>
 void chunks(const DensityReader<S>& reader, Range ids, F f) {
-  alignas(64) float r[kChunk];
+  alignas(64) float r[kChunk + kSlack];
   for (int64_t v = ids.begin; v < ids.end; v += kChunk) {
     const int64_t end = v + kChunk < ids.end ? v + kChunk : ids.end;
     const int64_t size = reader.read(v, end, r);

@@ -105,7 +105,7 @@ struct Limits {
   float low, high;
   int64_t last;
 
-  explicit Limits(const Law& law) : last(law.cut.id) {
+  explicit Limits(const Law& law) : last(law.cut.id < law.size ? law.cut.id : law.size - 1) {
     if (law.cut.key == 0) {
       low = high = law.probabilities ? bits_float(1) : -kLargest;
     } else {
