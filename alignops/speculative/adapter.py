@@ -17,41 +17,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from alignops.speculative.caches import RaggedCache
+
 LAYOUTS = ("ragged", "defer", "realign", "rollback")
-
-
-class KeyValueCache(Protocol):
-    """Keys and values of all layers, in buffers that all rows share.
-
-    A forward writes Q new columns of each row at slots `starts`, and attends to slots [0, upto).
-    """
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Keys and values of every layer, each (rows, H, capacity, D); empty before any forward."""
-        ...
-
-    @property
-    def capacity(self) -> int:
-        """Slots of a row."""
-        ...
-
-    def begin(self, starts: Tensor, upto: int, rows: slice, shared: int = 0) -> int:
-        """Say where the next forward writes, before it runs.
-
-        Args:
-            starts: (n,) int32, first slot that each row of the forward writes.
-            upto: slots that it attends to at least; the cache grows if it has fewer.
-            rows: the n rows of the cache that take part.
-            shared: the common value of `starts` where the library's own mask depends on it.
-
-        Returns:
-            S: slots that the forward attends to, columns of its mask.
-
-        Raises:
-            ValueError: the cache is of fixed capacity, and too small.
-        """
-        ...
 
 
 @runtime_checkable
@@ -64,9 +32,9 @@ class ModelAdapter(Protocol):
         device: of token ids, masks and logits.
         dtype: of additive masks.
         windows: kinds of layers by what they attend to: 0 all earlier tokens, w > 0 the last w.
-        mask_kind: "additive" (B, 1, Q, S), 0 or the lowest value of `dtype`; "bool" (B, 1, Q, S),
-            True is visible; "mask2d" (B, S) bool, causality is the model's own work, and the
-            queries are the last columns.
+        mask_kind: "additive" (B, 1, Q, S), 0 or the lowest value of `dtype`; "bool4d"
+            (B, 1, Q, S), True is visible; "mask2d" (B, S) bool, causality and windows are the
+            model's own work, and the queries are the last columns. See `build_mask`.
         layouts: of the cache that the model works with, the best one first; a subset of `LAYOUTS`.
     """
 
@@ -78,7 +46,7 @@ class ModelAdapter(Protocol):
     mask_kind: str
     layouts: tuple[str, ...]
 
-    def new_cache(self, rows: int, capacity: int, fixed: bool = False) -> KeyValueCache:
+    def new_cache(self, rows: int, capacity: int, fixed: bool = False) -> RaggedCache:
         """An empty cache; `fixed`: it does not grow, and every forward sees all of it."""
         ...
 
@@ -87,7 +55,7 @@ class ModelAdapter(Protocol):
         input_ids: Tensor,
         positions: Tensor,
         mask: Sequence[Tensor],
-        cache: KeyValueCache,
+        cache: RaggedCache,
         last: int,
     ) -> Tensor:
         """Logits of the last columns.
@@ -95,7 +63,8 @@ class ModelAdapter(Protocol):
         Args:
             input_ids: (B, Q) int64.
             positions: (B, Q) int64.
-            mask: one tensor for each of `windows`, of the kind that `mask_kind` says.
+            mask: one tensor for each of `windows`, of the kind that `mask_kind` says; one "mask2d"
+                for all.
             cache: made by `new_cache`, told by `begin` where to write.
             last: 1 to Q: of how many columns logits are wanted.
 

@@ -1,0 +1,210 @@
+"""Models of transformers for speculative decoding.
+
+The adapter passes positions and masks to the model explicitly and gives it a cache that writes the
+columns of each row where that row ends (`RaggedCache`), so the model needs no changes. What a model
+can do is found out by looking at it, not at version numbers: releases from 4.51 on differ in names
+of arguments and in which objects they take as caches and masks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from alignops._checks import check
+from alignops.speculative.adapter import LAYOUTS
+from alignops.speculative.caches import RaggedCache
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+class HFAdapter:
+    """A causal language model of transformers as generation sees it; see `ModelAdapter`.
+
+    | model                                   | mask         | layouts                         |
+    |-----------------------------------------|--------------|---------------------------------|
+    | rotary or learned positions             | 4-D          | all                             |
+    | the same, with flash attention          | 2-D          | realign, rollback, defer        |
+    | the same, some layers with windows      | 4-D per kind | all                             |
+    | ALiBi by distance of columns (MPT)      | 4-D          | ragged, realign, rollback       |
+    | ALiBi from a 2-D mask (Bloom, Falcon)   | 2-D          | realign, rollback, defer        |
+
+    Args:
+        model: in evaluation mode. It must not be used by another thread meanwhile.
+        layouts: restrict the layouts, or change which one is the best; None: as in the table.
+
+    Raises:
+        ValueError: the model is in training mode.
+        NotImplementedError: the model is of a kind that is not supported: encoder-decoder, layers
+            with recurrent states or chunked attention, flex attention.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=99))
+        >>> HFAdapter(model.eval()).layouts[0]
+        'ragged'
+    """
+
+    def __init__(self, model: PreTrainedModel, layouts: Sequence[str] | None = None) -> None:
+        check(not model.training, "HFAdapter: model must be in evaluation mode: call model.eval()")
+        self.model = model
+        config = _text_config(model)
+        _refuse(model, config)
+        self.vocab_size = int(_head_size(model, config))
+        self.dtype = model.dtype
+        self.device = next(model.parameters()).device
+        parameters = inspect.signature(model.forward).parameters
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
+        self._positions = "position_ids" in parameters
+        self._keep = next(
+            (n for n in ("logits_to_keep", "num_logits_to_keep") if n in parameters), None
+        )
+        self._kinds, self.windows = _kinds(config)
+        alibi = _alibi(model, config, self._positions)
+        attention = str(getattr(config, "_attn_implementation", "") or "")
+        flash = "flash" in attention
+        self.mask_kind = "mask2d" if flash or alibi == "mask" else "additive"
+        self.max_length = None if alibi == "mask" else _max_length(config)
+        self._slots = self.max_length if alibi == "columns" else None
+        self.layouts = _layouts(self.mask_kind, alibi, self.windows)
+        if layouts is not None:
+            check(
+                set(layouts) <= set(self.layouts),
+                f"HFAdapter: layouts must be among {self.layouts} for this model, got {layouts}",
+            )
+            self.layouts = tuple(layouts)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end a text, of the model's generation settings."""
+        ids = getattr(self._generation, "eos_token_id", None)
+        return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+
+    @property
+    def pad_id(self) -> int | None:
+        """Id that pads, of the model's generation settings."""
+        pad: int | None = getattr(self._generation, "pad_token_id", None)
+        return pad
+
+    @property
+    def _generation(self) -> Any:
+        return getattr(self.model, "generation_config", None) or self.model.config
+
+    def new_cache(self, rows: int, capacity: int, fixed: bool = False) -> RaggedCache:
+        """An empty cache; `fixed`: it does not grow, and every forward sees all of it."""
+        return _cache_class()(rows, capacity, fixed, self._slots)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        mask: Sequence[Tensor],
+        cache: RaggedCache,
+        last: int,
+    ) -> Tensor:
+        """Logits of the last columns (B, last, V); see `ModelAdapter.forward`."""
+        check(not self.model.training, "HFAdapter: model must be in evaluation mode")
+        attention_mask: Any = mask[0]
+        if len(mask) > 1 and self.mask_kind != "mask2d":
+            attention_mask = {
+                kind: mask[self.windows.index(window)] for kind, window in self._kinds.items()
+            }
+        arguments: dict[str, Any] = {self._cache_name: cache, "use_cache": True}
+        if self._positions:
+            arguments["position_ids"] = positions
+        if self._keep is not None:
+            arguments[self._keep] = last
+        logits: Tensor = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, **arguments
+        ).logits
+        return logits[:, -last:]
+
+
+def _text_config(model: PreTrainedModel) -> Any:
+    config = model.config
+    get = getattr(config, "get_text_config", None)
+    return config if get is None else get(decoder=True)
+
+
+def _refuse(model: PreTrainedModel, config: Any) -> None:
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise NotImplementedError(f"HFAdapter: {name} is an encoder-decoder model")
+    kinds = set(getattr(config, "layer_types", None) or ()) - {_FULL, _SLIDING}
+    if kinds:
+        raise NotImplementedError(
+            f"HFAdapter: {name} has layers of kinds that cannot be rolled back: {sorted(kinds)}"
+        )
+    if getattr(model, "_is_stateful", False):
+        raise NotImplementedError(f"HFAdapter: {name} has recurrent states")
+    if getattr(config, "attention_chunk_size", None):
+        raise NotImplementedError(f"HFAdapter: {name} has chunked attention")
+    if "flex" in str(getattr(config, "_attn_implementation", "")):
+        raise NotImplementedError(
+            f"HFAdapter: {name} uses flex attention; load it with attn_implementation='sdpa'"
+        )
+    for option in ("num_beams", "num_return_sequences"):
+        value = getattr(getattr(model, "generation_config", None), option, None) or 1
+        if value > 1:
+            raise NotImplementedError(f"HFAdapter: {option} must be 1, got {value}")
+
+
+def _head_size(model: PreTrainedModel, config: Any) -> int:
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    weight = getattr(head, "weight", None)
+    return int(weight.shape[0] if isinstance(weight, Tensor) else config.vocab_size)
+
+
+def _kinds(config: Any) -> tuple[dict[str, int], tuple[int, ...]]:
+    """Window of each kind of layers, 0 for none, and the windows that occur."""
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        types = [_FULL if window is None else _SLIDING]
+    kinds = {_FULL: 0, _SLIDING: int(window or 0)}
+    return kinds, tuple(sorted({kinds[kind] for kind in types}))
+
+
+def _alibi(model: PreTrainedModel, config: Any, positions: bool) -> str:
+    """How a model without position ids knows positions; "": it has some."""
+    if hasattr(model.base_model, "build_mpt_alibi_tensor"):
+        return "columns"
+    if hasattr(model.base_model, "build_alibi_tensor") or getattr(config, "alibi", False):
+        return "mask"
+    if positions:
+        return ""
+    raise NotImplementedError(
+        f"HFAdapter: {type(model).__name__} takes no position_ids, so rows of different lengths "
+        "cannot be told apart"
+    )
+
+
+def _max_length(config: Any) -> int | None:
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def _layouts(mask_kind: str, alibi: str, windows: tuple[int, ...]) -> tuple[str, ...]:
+    if mask_kind != "mask2d":
+        return tuple(n for n in LAYOUTS if n != "defer" or not alibi)
+    # By columns, as the library's masks count, a hole would make a window shorter.
+    return ("realign", "rollback") if any(windows) else ("realign", "rollback", "defer")
+
+
+def _cache_class() -> type[RaggedCache]:
+    """`RaggedCache`, as a subclass of the library's caches for models that insist on one."""
+    from transformers.cache_utils import Cache
+
+    return type("RaggedCache", (RaggedCache, Cache), {"__init__": RaggedCache.__init__})
