@@ -14,3 +14,9 @@ from alignops.speculative.layout import build_mask as build_mask
 from alignops.speculative.layout import build_positions as build_positions
 from alignops.speculative.layout import build_tree as build_tree
 from alignops.speculative.layout import select_tree as select_tree
+from alignops.speculative.verify import Proposal as Proposal
+from alignops.speculative.verify import TreeOut as TreeOut
+from alignops.speculative.verify import VerifyOut as VerifyOut
+from alignops.speculative.verify import propose as propose
+from alignops.speculative.verify import verify as verify
+from alignops.speculative.verify import verify_tree as verify_tree

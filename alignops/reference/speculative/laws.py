@@ -145,7 +145,7 @@ def law(
 
     Args:
         logits: (V,), float32 or narrower; -inf is probability 0.
-        temperature: in [1e-5, 1e4].
+        temperature: in [1e-5, 1e4], rounded to float32 as top_p and min_p are.
         top_k: ids kept; 0: all.
         top_p: the shortest sequence of falling probabilities that reaches this sum is kept.
         min_p: ids at least this fraction of the largest probability are kept.
@@ -156,10 +156,32 @@ def law(
     l32 = np.asarray(logits, np.float32)
     if np.isnan(l32).any() or np.isposinf(l32).any() or not np.isfinite(l32).any():
         raise ValueError("law: logits must be finite or -inf, and not all -inf")
-    if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+    if not np.float32(MIN_TEMPERATURE) <= np.float32(temperature) <= MAX_TEMPERATURE:
         raise ValueError(f"law: temperature must be in [1e-5, 1e4], got {temperature}")
     whole = Law(l32, *_weights(l32, temperature))
-    return _cut(whole, top_k, top_p, min_p)
+    return _cut(whole, top_k, float(np.float32(top_p)), min_p)
+
+
+class _Given(Law):
+    """A law whose probabilities are given, and stay as they are."""
+
+    @property
+    def p(self) -> Float32:
+        return self.logits
+
+
+def given(probabilities: npt.ArrayLike) -> Law:
+    """The distribution of probabilities (V,), float32 or narrower; they are not normalized.
+
+    Raises:
+        ValueError: a probability is outside [0, 1], or all are below 2**-40.
+    """
+    p = np.asarray(probabilities, np.float32)
+    if not ((p >= 0) & (p <= 1)).all() or total_of(p) == 0:
+        raise ValueError("given: probabilities must be in [0, 1], and not all 0")
+    fraction, exponent = np.frexp(p)
+    mantissa = (fraction * np.float32(1 << 24)).astype(np.int64)
+    return _Given(p, mantissa, exponent.astype(np.int64) - 24)
 
 
 def _weights(l32: Float32, temperature: float) -> tuple[Int64, Int64]:

@@ -121,8 +121,9 @@ def _scan(row: Row, accept: Callable[[int], bool], following: Callable[[int], in
 
 def greedy(row: Row) -> Outcome:
     """Drafts that the target would have chosen: token for token its greedy decoding."""
-    best = [p.argmax for p in row.target]
-    return _scan(row, lambda i: row.drafts[i] == best[i], lambda i: best[i])
+    return _scan(
+        row, lambda i: row.drafts[i] == row.target[i].argmax, lambda i: row.target[i].argmax
+    )
 
 
 def lossless(row: Row) -> Outcome:
@@ -144,9 +145,9 @@ def block(row: Row) -> Outcome:
     """The longest prefix that passes a joint test: the law of the target, never fewer accepted."""
     k = len(row.drafts)
     ratio = [1.0]
-    for p, d, i in zip(row.target, row.drafts, range(k), strict=False):
-        q = float(row.q(i)[d])
-        ratio.append(min(1.0, ratio[-1] * float(p.p[d]) / q) if q > 0 else 1.0)
+    for i, d in enumerate(row.drafts):
+        reached, q = ratio[-1] * float(row.target[i].p[d]), float(row.q(i)[d])
+        ratio.append(min(1.0, reached / q) if q > 0 else float(reached > 0))
 
     def rest(i: int) -> Float32:
         return laws.residual(np.float32(ratio[i]) * row.target[i].p, row.q(i))
@@ -192,7 +193,7 @@ def relaxed(row: Row, m: int = 3, r: float = 0.5, delta: float | None = None) ->
         law, d = row.target[i], row.drafts[i]
         p, best = law.p, law.p.max()
         bound = np.float32(r) * best if delta is None else best - np.float32(delta)
-        return d in law.order()[:m] and bool(p[d] >= bound)
+        return d in law.order()[:m] and bool(p[d] > 0) and bool(p[d] >= bound)
 
     return _scan(row, accept, lambda i: row.target[i].argmax)
 
@@ -202,7 +203,7 @@ def threshold(row: Row, t_single: float = 1.0, t_acc: float = 1.0) -> Outcome:
 
     def accept(i: int) -> bool:
         p = row.target[i].p[row.drafts[i]]
-        if p >= np.float32(t_single):
+        if p > 0 and p >= np.float32(t_single):
             return True
         return laws.accepts(row.accept_word(i), np.float32(t_acc), p)
 
@@ -237,14 +238,15 @@ def rsd(
     def passes(i: int, token: int) -> bool:
         law = row.target[i]
         listed = top_n == 0 or token in law.order()[: min(top_n, size)]
-        return bool(law.p[token] >= np.float32(p_th)) and listed
+        p = law.p[token]
+        return bool(p > 0) and bool(p >= np.float32(p_th)) and listed
 
     def candidates(i: int) -> list[int]:
         if row.proposals is None or retry == "none":
             return []
         q = row.proposals[i]
         if retry == "descend":
-            order = [int(v) for v in q.order()[:trials] if q.mantissa[v] > 0]
+            order = [int(v) for v in q.order()[:trials] if q.p[v] > 0]
             return [v for v in order if v != row.drafts[i]][: trials - 1]
         position = row.position + i
         return [
@@ -325,7 +327,8 @@ def nudge(
 class Tree:
     """Drafts as a tree: node 0 is the last committed token, parents come before children.
 
-    `laws[n]` is the target's distribution after node n, `proposals[n]` the drafter's.
+    `laws[n]` is the target's distribution after node n, `proposals[n]` the drafter's. A token of -1
+    stands for no node.
     """
 
     parent: Sequence[int]
@@ -339,14 +342,18 @@ class Tree:
     def __post_init__(self) -> None:
         depth = [0]
         for n in range(1, len(self.parent)):
-            if not 0 <= self.parent[n] < n:
+            if self.tokens[n] == -1:
+                depth.append(-1)
+                continue
+            if not 0 <= self.parent[n] < n or depth[self.parent[n]] < 0:
                 raise ValueError(f"Tree: parent[{n}] must be in [0, {n}), got {self.parent[n]}")
             depth.append(depth[self.parent[n]] + 1)
         object.__setattr__(self, "depth", depth)
 
     def children(self, node: int) -> list[int]:
         """Children of a node, ascending."""
-        return [n for n in range(1, len(self.parent)) if self.parent[n] == node]
+        nodes = range(1, len(self.parent))
+        return [n for n in nodes if self.tokens[n] != -1 and self.parent[n] == node]
 
 
 @dataclass(frozen=True)
@@ -436,6 +443,11 @@ RULES: dict[str, Callable[..., Outcome]] = {
     "nudge": nudge,
     "scripted": scripted,
 }
+TREE_RULES: dict[str, Callable[..., Path]] = {
+    "greedy": tree_greedy,
+    "tree_target": tree_target,
+    "tree_rrs": tree_rrs,
+}
 
 
 def verify(
@@ -451,14 +463,37 @@ def verify(
     """
     if rule == "nudge":
         parameters["eos_ids"] = eos_ids
-    outcome = RULES[rule](row, **parameters)
-    length, finished = len(outcome.tokens), RUNNING
+    return _cut(RULES[rule](row, **parameters), eos_ids, remaining)
+
+
+def verify_tree(
+    tree: Tree,
+    rule: str,
+    eos_ids: Sequence[int] = (),
+    remaining: int | None = None,
+    **parameters: object,
+) -> tuple[list[int], Outcome]:
+    """The rule and the cuts of `verify`: accepted nodes, the root first, and what is emitted."""
+    path = TREE_RULES[rule](tree, **parameters)
+    accepted = len(path.nodes) - 1
+    leaf = not tree.children(path.nodes[-1])
+    outcome = Outcome(
+        accepted,
+        [*(tree.tokens[n] for n in path.nodes[1:]), path.following],
+        [DRAFT] * accepted + [BONUS if leaf else CORRECTION],
+    )
+    outcome = _cut(outcome, eos_ids, remaining)
+    return path.nodes[: outcome.accepted + 1], outcome
+
+
+def _cut(outcome: Outcome, eos_ids: Sequence[int], remaining: int | None) -> Outcome:
+    length, finished = len(outcome.tokens), outcome.finished
     ends = [i for i, token in enumerate(outcome.tokens) if token in eos_ids]
     if ends:
         length, finished = ends[0] + 1, END_OF_TEXT
-    if remaining is not None and length >= remaining:
+    if remaining is not None and length >= max(remaining, 0):
         finished = finished if length == remaining and finished else LENGTH
-        length = remaining
+        length = max(remaining, 0)
     return Outcome(
         min(outcome.accepted, length),
         outcome.tokens[:length],

@@ -86,7 +86,7 @@ inline float p32_of(Weight w, int32_t top, double inverse) {
   if (w.mantissa == 0 || below > kNegligible) return 0;
   // The product with a power of two is exact, so this rounds as M * ldexp(inverse, ...) does.
   return static_cast<float>(static_cast<double>(w.mantissa) * inverse *
-                            power(16 - static_cast<int32_t>(below)));
+                            power(static_cast<int32_t>(16 - below)));
 }
 
 // Probability of the law whose kept ids have this key.
