@@ -52,3 +52,26 @@ MATRICES = ((8192, 2048), (2048, 8192), (8192, 3072), (14336, 4096))
 def packed_bytes(n: int, k: int) -> int:
     """Bytes of an (n, k) weight at 5 bits per 4 weights, rows and columns not padded."""
     return n * k * 5 // 32
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheShape:
+    """Keys and values of a model: `heads` of `head_size` elements in each layer, bfloat16."""
+
+    name: str
+    layers: int
+    heads: int
+    head_size: int
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * 2 * self.layers * self.heads * self.head_size
+
+
+CACHES = {
+    shape.name: shape
+    for shape in (
+        CacheShape("Qwen3-0.6B", 28, 8, 128),
+        CacheShape("LLaMA-3-8B", 32, 8, 128),
+    )
+}
