@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "common/float16.h"
@@ -140,9 +141,10 @@ Answers ask(const Kernels& kernels, const Law& law, const Law& drafter) {
     out.exact.insert(out.exact.end(), sums.begin(), sums.end());
   }
   const uint64_t near = uint64_t{2} << coarse;
-  for (const int64_t capacity : {int64_t{5}, law.size}) {
+  for (const auto& [capacity, most] :
+       {std::pair{int64_t{5}, high}, std::pair{law.size, high}, std::pair{law.size, UINT64_MAX}}) {
     std::vector<Entry> entries(static_cast<size_t>(capacity));
-    const int64_t found = kernels.collect(law, high > near ? high - near : 1, high, entries.data(),
+    const int64_t found = kernels.collect(law, high > near ? high - near : 1, most, entries.data(),
                                           capacity, 0, tiles);
     for (int64_t i = 0; i < found; ++i) {
       out.exact.push_back(entries[static_cast<size_t>(i)].key);

@@ -43,6 +43,7 @@ uint64_t sum_of(const Law& law, const Limits& limits, int32_t top, Range ids) {
   weighers<S, kGiven, 39>(law, limits, top, ids.begin, ids.end,
                           [&](int64_t begin, int64_t end, const auto& weigher) {
                             each<S, kType>(law.data, begin, end, [&](const auto& values, int64_t) {
+                              if (weigher.none(values)) return;
                               for (const auto w : weigher(values).v)
                                 sum.add(kGiven ? S::mul(w, S::floats(0x1p40f)) : w);
                             });
@@ -114,15 +115,22 @@ class Reader {
   explicit Reader(const Law& law) : law_(law), limits_(law) {}
 
   // Of the ids [begin, end), 0 beyond the row and from `end` to a multiple of the lanes; `out` has
-  // room for kSlack more.
-  void read(int64_t begin, int64_t end, float* out) const {
+  // room for kSlack more. False if all are 0 for sure.
+  bool read(int64_t begin, int64_t end, float* out) const {
     const int64_t last = end < law_.size ? end : law_.size;
+    bool some = false;
     with_row(law_, [&]<DType kType, bool kGiven>() {
       const typename S::Factor factor(kGiven ? 0x1p40 : law_.inverse * 0x1p79);
       weighers<S, kGiven, 0>(
           law_, limits_, law_.top, begin, last, [&](int64_t from, int64_t to, const auto& weigher) {
             each<S, kType>(law_.data, from, to, [&](const auto& values, int64_t v) {
               float* place = out + (v - begin);
+              if (weigher.none(values)) {
+                for (int j = 0; j < values.kCount; ++j)
+                  S::store(place + j * S::kLanes, S::floats(0.0f));
+                return;
+              }
+              some = true;
               for (const auto w : weigher(values).v) {
                 S::store(place, S::scaled(w, factor));
                 place += S::kLanes;
@@ -132,6 +140,7 @@ class Reader {
     });
     const int64_t padded = begin + round_up(end - begin, S::kLanes);
     for (int64_t v = last > begin ? last : begin; v < padded; ++v) out[v - begin] = 0.0f;
+    return some;
   }
 
  private:
@@ -146,8 +155,8 @@ class DensityReader {
 
   // Of the ids [begin, end), at most kChunk; 0 from there to a multiple of the lanes. Returns that.
   int64_t read(int64_t begin, int64_t end, float* out) const {
-    p_.read(begin, end, out);
     const int64_t size = round_up(end - begin, S::kLanes);
+    if (!p_.read(begin, end, out)) return size;
     const auto scale = S::floats(d_.scale);
     if (d_.q != nullptr && begin < d_.q->size) {
       alignas(64) float q[kChunk + kSlack];
@@ -285,37 +294,48 @@ void entropy(const Law& law, double* out, int64_t begin, int64_t end) {
 // -------------------------------------------------------------------------------------------------
 // Ids by key
 
-// f(id) for the kept ids [begin, end) with low <= key <= high, ascending, until it returns true.
-template <class S, class F>
-void hits(const Law& law, uint64_t low, uint64_t high, int64_t begin, int64_t end, F f) {
-  const Limits limits(law);
-  const float least = least_value(law, low > 0 ? low : 1);
-  const auto beyond = S::floats(least_value(law, high + 1));
-  bool done = false;
-  with_dtype(law.dtype, [&]<DType kType>() {
-    limits.parts(begin, end, [&](int64_t first, int64_t last, float limit) {
-      const auto from = S::floats(limit > least ? limit : least);
-      for (int64_t v = first; v < last && !done; v += S::kLanes) {
-        const auto value = last - v >= S::kLanes ? S::template load<kType>(law.data, v)
-                                                 : S::template load<kType>(law.data, v, last - v);
-        for (uint32_t left = S::set(S::both(S::at_least(value, from), S::less(value, beyond)));
-             left != 0 && !done; left &= left - 1)
-          done = f(v + __builtin_ctz(left));
-      }
-    });
-  });
-}
-
 inline Range ids_of(const Law& law, int64_t begin, int64_t end) {
   return {begin * kTile, end * kTile < law.size ? end * kTile : law.size};
+}
+
+// f(id, key) for the kept ids of some tiles with low <= key <= high, ascending, until it returns
+// true. Keys of visible weights come from vectors.
+template <class S, class F>
+void hits(const Law& law, uint64_t low, uint64_t high, Range ids, F f) {
+  const Limits limits(law);
+  const float least = least_value(law, low > 0 ? low : 1);
+  const auto beyond = S::floats(high < UINT64_MAX ? least_value(law, high + 1) : kInfinity);
+  bool done = false;
+  with_row(law, [&]<DType kType, bool kGiven>() {
+    const Weigher<S, 0, false> weigher(law, law.top, least_visible(law, law.top));
+    limits.parts(ids.begin, ids.end, [&](int64_t first, int64_t last, float limit) {
+      const auto from = S::floats(limit > least ? limit : least);
+      each<S, kType>(law.data, first, last, [&](const auto& values, int64_t v) {
+        if (done || none_from(values, from)) return;
+        for (const auto value : values.v) {
+          uint32_t left = S::set(S::both(S::at_least(value, from), S::less(value, beyond)));
+          int32_t weights[S::kLanes];
+          if (!kGiven && left != 0) S::store(weights, S::bits(weigher(Group<S, 1>{{value}}).v[0]));
+          for (; left != 0 && !done; left &= left - 1) {
+            const int lane = __builtin_ctz(left);
+            const auto bits = kGiven ? 0u : static_cast<uint32_t>(weights[lane]);
+            const uint64_t key =
+                bits == 0 ? key_at(law, v + lane)
+                          : key_of(Weight{(bits & 0x7fffffu) | 0x800000u,
+                                          law.top + static_cast<int32_t>(bits >> 23) - 127});
+            if (key >= low && key <= high) done = f(v + lane, key);
+          }
+          v += S::kLanes;
+        }
+      });
+    });
+  });
 }
 
 template <class S>
 void histogram(const HistogramArgs& args, int64_t begin, int64_t end) {
   const Law& law = *args.law;
-  const Range ids = ids_of(law, begin, end);
-  hits<S>(law, args.low, args.high, ids.begin, ids.end, [&](int64_t v) {
-    const uint64_t key = key_at(law, v);
+  hits<S>(law, args.low, args.high, ids_of(law, begin, end), [&](int64_t, uint64_t key) {
     const uint64_t bucket = (args.high - key) >> args.shift;
     ++args.counts[bucket];
     args.sums[bucket] += law.probabilities ? fixed(bits_float(static_cast<uint32_t>(key)))
@@ -327,11 +347,10 @@ void histogram(const HistogramArgs& args, int64_t begin, int64_t end) {
 template <class S>
 int64_t collect(const Law& law, uint64_t low, uint64_t high, Entry* out, int64_t capacity,
                 int64_t begin, int64_t end) {
-  const Range ids = ids_of(law, begin, end);
   int64_t size = 0;
   if (capacity > 0)
-    hits<S>(law, low, high, ids.begin, ids.end, [&](int64_t v) {
-      out[size++] = {key_at(law, v), v};
+    hits<S>(law, low, high, ids_of(law, begin, end), [&](int64_t v, uint64_t key) {
+      out[size++] = {key, v};
       return size == capacity;
     });
   return size;

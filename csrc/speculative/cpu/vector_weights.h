@@ -137,6 +137,14 @@ typename S::F constant(uint32_t bits) {
   return S::bits(S::ints(static_cast<int32_t>(bits)));
 }
 
+// Whether no lane of a group is `limit` or more.
+template <class S, int kN>
+[[gnu::always_inline]] inline bool none_from(const Group<S, kN>& values, typename S::F limit) {
+  auto some = S::at_least(values.v[0], limit);
+  for (int j = 1; j < kN; ++j) some = S::either(some, S::at_least(values.v[j], limit));
+  return S::set(some) == 0;
+}
+
 // Turns logits into weights relative to 2^top: floats g 2^(n - top + kUnits), 0 below the limit.
 // The plain form is for rows without a cut whose visible logits lie in (-2047, 2047), at a
 // temperature below 90: what lies below the limit has the weight of the limit, which is as good as
@@ -152,6 +160,13 @@ class Weigher {
     const uint32_t exponent = static_cast<uint32_t>(S::kBias + kUnits) - static_cast<uint32_t>(top);
     const uint32_t excess = kPlain ? 0 : S::Scale::excess(law.rate.shift - 3);
     offset_ = S::ints(static_cast<int32_t>((exponent << 23) - excess));
+  }
+
+  // Whether all weights are 0. A cut leaves few ids, so that this is worth asking.
+  template <int kN>
+  [[gnu::always_inline]] bool none(const Group<S, kN>& l) const {
+    if constexpr (kPlain) return false;
+    return none_from(l, limit_);
   }
 
   // log2 of the weights: exponent field and fraction; the exponent is kBias too large.
@@ -205,6 +220,10 @@ class Chooser {
  public:
   using F = typename S::F;
   explicit Chooser(float limit) : limit_(S::floats(limit)) {}
+  template <int kN>
+  [[gnu::always_inline]] bool none(const Group<S, kN>& p) const {
+    return none_from(p, limit_);
+  }
   template <int kN>
   [[gnu::always_inline]] Group<S, kN> operator()(const Group<S, kN>& p) const {
     Group<S, kN> kept;
