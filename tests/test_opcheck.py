@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.spans import samples as spans
-from tests.speculative import samples_kv as speculative
+from tests.speculative import samples as speculative
 from tests.ternary import samples as ternary
 
 VALID = {**ternary.VALID, **spans.VALID, **speculative.VALID}

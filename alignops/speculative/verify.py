@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignops._checks import check, dtype_name
+from alignops._checks import check
 from alignops.speculative import verify_ops as _fakes  # noqa: F401 (registers the fake kernels)
 
 _op = torch.ops.alignops
@@ -204,8 +204,8 @@ def verify(
 
     Raises:
         TypeError: an argument is of a wrong Python type.
-        ValueError: shapes, dtypes or devices do not fit, a number is out of range, or the rule lacks
-            something.
+        ValueError: shapes, dtypes or devices do not fit, a number is out of range, or the rule
+            lacks something.
 
     Source: arXiv 2211.17192 and 2302.01318 (lossless), 2403.10444 (block), 2408.07978 (coupled),
     2401.10774 (typical), 2509.22230 (rsd), 2410.09300 (nudge).
@@ -287,8 +287,16 @@ def verify_tree(
         draft: (B, n, Vd <= V) logits whose row i the children of node i were drawn from; for
             "tree_rrs".
         replacement: children of a node were drawn with replacement.
-        seeds, positions, temperature, top_k, top_p, min_p, eos_ids, remaining, active, is_probs: as
-            `verify`.
+        seeds: as `verify`, like all that follow.
+        positions: of the token behind the root.
+        temperature: rows with 0 follow the rule "greedy".
+        top_k: ids kept; 0: all.
+        top_p: sum of the probabilities that are kept.
+        min_p: smallest probability that is kept, relative to the largest one.
+        eos_ids: at most 8 ids that end a text.
+        remaining: (B,) tokens that each row may still emit.
+        active: (B,) bool; of other rows nothing is read.
+        is_probs: `target` and `draft` hold probabilities.
 
     Returns:
         The path, and what every row emits.
@@ -345,8 +353,10 @@ def propose(
         logits: (B, Vd), dtypes and strides as `verify`.
         seeds: (B,) int64; needed unless `temperature` is the number 0.
         positions: (B,) int64, of the token that is drawn.
-        temperature, top_k, top_p, min_p: as `verify`; the same as there. Rows of temperature 0 get
-            the largest logit.
+        temperature: as `verify` will be given, like all cuts; rows with 0 get the largest logit.
+        top_k: ids kept; 0: all.
+        top_p: sum of the probabilities that are kept.
+        min_p: smallest probability that is kept, relative to the largest one.
         race: draw as the rule "coupled" does, with the noise that it shares with the target; then
             `stats` are zeros, because this rule needs none.
 
@@ -424,8 +434,12 @@ def _warp(
         isinstance(top_k, Tensor) or 0 <= top_k < 2**31,
         f"{op}: top_k must be at least 0, got {top_k}",
     )
-    check(isinstance(top_p, Tensor) or 0 < top_p <= 1, f"{op}: top_p must be in (0, 1], got {top_p}")
-    check(isinstance(min_p, Tensor) or 0 <= min_p <= 1, f"{op}: min_p must be in [0, 1], got {min_p}")
+    check(
+        isinstance(top_p, Tensor) or 0 < top_p <= 1, f"{op}: top_p must be in (0, 1], got {top_p}"
+    )
+    check(
+        isinstance(min_p, Tensor) or 0 <= min_p <= 1, f"{op}: min_p must be in [0, 1], got {min_p}"
+    )
     out: list[Tensor | None] = []
     for value, neutral, dtype in (
         (temperature, 1, torch.float32),

@@ -104,7 +104,7 @@ def _check_params(rule: int, params: list[float], op: str) -> None:
     for value, (name, least, most) in zip(params, _RANGES.get(rule, ()), strict=True):
         check(
             least <= value <= most,
-            f"{op}: params: {name} must be in [{least}, {most}], got {value}",
+            f"{op}: params must have {name} in [{least}, {most}], got {value}",
         )
 
 

@@ -14,6 +14,12 @@ constexpr int32_t kMantissaBits = 24;
 // Buckets with no more ids than this are listed.
 constexpr int64_t kListed = kTile;
 
+// No id of the law has a larger key.
+uint64_t highest_key(const Law& law) {
+  return law.probabilities ? float_bits(2.0f) - 1
+                           : key_of(Weight{(1u << kMantissaBits) - 1, law.top});
+}
+
 // Of two cuts the one that keeps less.
 Cut tighter(const Cut& a, const Cut& b) {
   return a.key > b.key || (a.key == b.key && a.id < b.id) ? a : b;
@@ -25,8 +31,7 @@ Cut tighter(const Cut& a, const Cut& b) {
 // weight, in units, reaches `target` > 0; all ids if they do not reach it.
 Cut RowLaw::select(bool by_count, uint64_t target) {
   const int32_t exponent_bits = law_.probabilities ? kMantissaBits - 1 : kMantissaBits;
-  uint64_t high = law_.probabilities ? float_bits(1.0f) | ((1u << exponent_bits) - 1)
-                                     : key_of(Weight{(1u << kMantissaBits) - 1, law_.top});
+  uint64_t high = highest_key(law_);
   uint64_t low = 1, reached = 0;
   for (const int32_t shift : {exponent_bits, 12, 0}) {
     // Ids below the window of exponents have probability 0.
@@ -132,8 +137,8 @@ int64_t RowLaw::best(int64_t count, int64_t* ids) {
   // probability 0.
   const uint64_t least =
       law_.probabilities ? 1 : key_of(Weight{1u << (kMantissaBits - 1), law_.top - kNegligible});
-  int64_t listed = kernels_.collect(law_, std::max(cut.key + 1, least), UINT64_MAX, entries_.get(),
-                                    count, 0, tiles_);
+  int64_t listed = kernels_.collect(law_, std::max(cut.key + 1, least), highest_key(law_),
+                                    entries_.get(), count, 0, tiles_);
   if (cut.key > 0 && listed < count)
     listed += kernels_.collect(law_, cut.key, cut.key, entries_.get() + listed, count - listed, 0,
                                tiles_);

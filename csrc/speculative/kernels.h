@@ -132,8 +132,8 @@ struct Kernels {
   void (*entropy)(const Law&, double* out, int64_t begin, int64_t end);
   // See HistogramArgs.
   void (*histogram)(const HistogramArgs&, int64_t begin, int64_t end);
-  // The first `capacity` ids with low <= key <= high and kept by the cut, ids ascending; returns
-  // how many were written. Reads top.
+  // The first `capacity` ids with low <= key <= high < UINT64_MAX and kept by the cut, ids
+  // ascending; returns how many were written. Reads top.
   int64_t (*collect)(const Law&, uint64_t low, uint64_t high, Entry* out, int64_t capacity,
                      int64_t begin, int64_t end);
 };

@@ -205,8 +205,8 @@ Parameters as_parameters(Rule rule, const std::vector<double>& params, const cha
   ALIGNOPS_CHECK(params.size() == count, op, ": params must be ", count,
                  " numbers for this rule, got ", params.size());
   const auto in = [&](size_t i, const char* name, double least, double most) {
-    ALIGNOPS_CHECK(params[i] >= least && params[i] <= most, op, ": params: ", name, " must be in [",
-                   least, ", ", most, "], got ", params[i]);
+    ALIGNOPS_CHECK(params[i] >= least && params[i] <= most, op, ": params must have ", name,
+                   " in [", least, ", ", most, "], got ", params[i]);
     return params[i];
   };
   constexpr double kMany = 1 << 30;

@@ -117,7 +117,7 @@ struct Limits {
   // f(begin, end, limit) for the parts of [begin, end) with one limit each.
   template <class F>
   [[gnu::always_inline]] void parts(int64_t begin, int64_t end, F f) const {
-    const int64_t middle = last + 1 < begin ? begin : last + 1 < end ? last + 1 : end;
+    const int64_t middle = last < begin ? begin : last < end ? last + 1 : end;
     if (begin < middle) f(begin, middle, low);
     if (middle < end) f(middle, end, high);
   }

@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from tests.speculative.samples_kv import INVALID
+from tests.speculative.samples import INVALID
 
 LABELS = [(name, i) for name, make in INVALID.items() for i, _ in enumerate(make())]
 
