@@ -26,10 +26,10 @@ struct Queries {
   Ints depth;    // (rows, columns), or (columns) for all rows; absent: a chain
   bool depth_shared;
 
-  int64_t count(int64_t row) const {
+  ALIGNOPS_HD int64_t count(int64_t row) const {
     return content[row] <= 0 ? 0 : counts ? counts[row] : columns;
   }
-  int64_t position(int64_t row, int64_t column) const {
+  ALIGNOPS_HD int64_t position(int64_t row, int64_t column) const {
     const int64_t level = depth ? depth[depth_shared ? column : row * columns + column] : column;
     return content[row] - 1 + level;
   }
@@ -61,7 +61,7 @@ struct MaskArgs {
   uint64_t hidden;  // the bits of an element that hides a slot; 0 shows it if additive, else 1
   void* out;
 
-  int64_t first_slot(int64_t row) const {
+  ALIGNOPS_HD int64_t first_slot(int64_t row) const {
     if (first) return first[row];
     const int64_t content = queries.content[row];
     return (pad ? pad[row] : 0) + (content > 0 ? content - 1 : 0);
@@ -105,7 +105,7 @@ struct TreeSelection {
   int32_t* nodes;   // (rows, best): candidates that were chosen, rising
   int32_t* parent;  // (rows, best + 1): of the tree, whose node 0 is the root
 
-  double score(int64_t i) const {
+  ALIGNOPS_HD double score(int64_t i) const {
     return wide ? static_cast<const double*>(scores)[i] : static_cast<const float*>(scores)[i];
   }
 };

@@ -12,6 +12,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "../common/host_device.h"
+
 namespace alignops::speculative {
 
 // Integers of a plan as they lie in a tensor, int32 or int64. Without data: absent.
@@ -19,8 +21,8 @@ struct Ints {
   const void* data;
   bool wide;
 
-  explicit operator bool() const { return data != nullptr; }
-  int64_t operator[](int64_t i) const {
+  ALIGNOPS_HD explicit operator bool() const { return data != nullptr; }
+  ALIGNOPS_HD int64_t operator[](int64_t i) const {
     return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
   }
 };
@@ -97,6 +99,8 @@ struct GatherPlan {
   bool in_place;  // then every row comes from itself
   int64_t from_rows, from_slots, to_slots;
 };
+// Without src, there must be room for all slots.
+void check_gather_slots(const char* op, const GatherPlan& args);
 Plan plan_gather(const char* op, const GatherPlan& args);
 
 // `counts` new columns of each row go to slots lens .. of the same row; without counts, all.

@@ -1,14 +1,9 @@
 // Moves of cache slots. Schemas and CPU implementations: every value of a plan is checked before
 // any byte moves.
-#include <tuple>
-
-#include "ops_kv.h"
+#include "ops_calls.h"
 
 namespace alignops::speculative {
 namespace {
-
-using Tensors = std::vector<Tensor>;
-using Optional = std::optional<Tensor>;
 
 void apply(const Table& from, const Table& to, const Plan& plan) {
   const Transfer transfer(from, to, plan);
@@ -20,145 +15,60 @@ void apply(const Table& from, const Table& to, const Plan& plan) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> realign(const Tensor& c, const Tensor& pad,
                                                    const Tensor& emitted) {
   const char* op = "speculative_plan_realign";
-  const int64_t rows = check_vector(c, op, "c");
-  Realign args{as_ints(c, {rows}, op, "c"),
-               as_ints(pad, {rows}, op, "pad"),
-               as_ints(emitted, {rows}, op, "emitted"),
-               rows,
-               nullptr,
-               nullptr,
-               nullptr,
-               nullptr};
-  const auto make = [&] { return torch::stable::new_empty(c, {rows}, ScalarType::Int); };
-  Tensor src = make(), dst = make(), length = make(), new_pad = make();
-  args.src = src.mutable_data_ptr<int32_t>();
-  args.dst = dst.mutable_data_ptr<int32_t>();
-  args.length = length.mutable_data_ptr<int32_t>();
-  args.new_pad = new_pad.mutable_data_ptr<int32_t>();
-  plan_realign(op, args);
-  return {src, dst, length, new_pad};
+  const RealignCall call = realign_call(c, pad, emitted, op);
+  plan_realign(op, call.args);
+  return call.out;
 }
 
 void shift(Tensors caches, const Tensor& src, const Tensor& dst, const Tensor& length,
            int64_t slot_dim) {
   const char* op = "speculative_kv_shift_";
-  const Table table = as_table(caches, axes_of(slot_dim, op), true, op, "caches");
-  const int64_t rows = caches.empty() ? check_vector(src, op, "src") : rows_of(table);
-  const Ints from = as_ints(src, {rows}, op, "src"), to = as_ints(dst, {rows}, op, "dst"),
-             count = as_ints(length, {rows}, op, "length");
-  check_memory(table, {}, op, "caches");
-  if (table.empty()) return;
-  apply(table, table, plan_shift(op, from, to, count, rows, slots_of(table)));
-}
-
-// Whether the tables are the same tensors.
-bool same_tables(const Table& a, const Table& b) {
-  return a.size() == b.size() &&
-         std::equal(a.begin(), a.end(), b.begin(), [](const CacheTensor& x, const CacheTensor& y) {
-           return x.data == y.data && x.rows == y.rows && x.slots == y.slots &&
-                  x.row_stride == y.row_stride && x.head_stride == y.head_stride &&
-                  x.slot_stride == y.slot_stride;
-         });
+  const ShiftCall call = shift_call(caches, src, dst, length, slot_dim, op);
+  if (caches.empty()) return;
+  apply(call.caches, call.caches,
+        plan_shift(op, call.src, call.dst, call.length, call.rows, slots_of(call.caches)));
 }
 
 void gather(Tensors caches, const Tensor& rows, const Optional& src, const Optional& dst,
             const Optional& length, Tensors out, int64_t slot_dim) {
   const char* op = "speculative_kv_gather_";
-  const Axes axes = axes_of(slot_dim, op);
-  const Table from = as_table(caches, axes, false, op, "caches");
-  const Table to = as_table(out, axes, true, op, "out");
-  check_pairs(out, to, caches, from, op, "out");
-  const int64_t count = check_vector(rows, op, "rows");
-  ALIGNOPS_CHECK(out.empty() || rows_of(to) == count, op, ": out must have ", count,
-                 " rows (those of rows), got ", rows_of(to));
-  ALIGNOPS_CHECK(src.has_value() == length.has_value() && dst.has_value() == length.has_value(), op,
-                 ": length must be given exactly if src and dst are, got ",
-                 length.has_value() ? "it" : "none");
-  const bool in_place = same_tables(from, to);
-  const GatherPlan args{as_ints(rows, {count}, op, "rows"),
-                        count,
-                        as_ints(src, {count}, op, "src"),
-                        as_ints(dst, {count}, op, "dst"),
-                        as_ints(length, {count}, op, "length"),
-                        in_place,
-                        rows_of(from),
-                        slots_of(from),
-                        slots_of(to)};
-  check_memory(to, in_place ? Table{} : from, op, "out");
-  if (from.empty()) return;
-  apply(from, to, plan_gather(op, args));
-}
-
-TreePlan as_tree_plan(const Tensor& base, const Tensor& path, const Tensor& length,
-                      const char* op) {
-  const int64_t rows = check_vector(base, op, "base");
-  const int64_t nodes = check_matrix(path, rows, op, "path");
-  return {as_ints(base, {rows}, op, "base"), as_ints(path, {rows, nodes}, op, "path"),
-          as_ints(length, {rows}, op, "length"), rows, nodes};
+  const GatherCall call = gather_call(caches, rows, src, dst, length, out, slot_dim, op);
+  if (caches.empty()) return;
+  apply(call.from, call.to, plan_gather(op, call.plan));
 }
 
 void tree(Tensors caches, const Tensor& base, const Tensor& path, const Tensor& length,
           int64_t slot_dim) {
   const char* op = "speculative_kv_tree_";
-  const Table table = as_table(caches, axes_of(slot_dim, op), true, op, "caches");
-  const TreePlan args = as_tree_plan(base, path, length, op);
-  ALIGNOPS_CHECK(table.empty() || rows_of(table) == args.rows, op, ": base must have shape (",
-                 rows_of(table), ",), got ", shape_string(base.sizes()));
-  check_memory(table, {}, op, "caches");
-  if (table.empty()) return;
-  apply(table, table, plan_tree(op, args, slots_of(table)));
+  const TreeCall call = tree_call(caches, base, path, length, slot_dim, op);
+  if (caches.empty()) return;
+  apply(call.caches, call.caches, plan_tree(op, call.plan, slots_of(call.caches)));
 }
 
 void paged_tree(Tensors caches, const Tensor& block_table, const Tensor& base, const Tensor& path,
                 const Tensor& length, int64_t slot_dim) {
   const char* op = "speculative_kv_paged_tree_";
-  const Table table = as_table(caches, axes_of(slot_dim, op), true, op, "caches");
-  const TreePlan args = as_tree_plan(base, path, length, op);
-  const int64_t per_row = check_matrix(block_table, args.rows, op, "block_table");
-  const Ints pages = as_ints(block_table, {args.rows, per_row}, op, "block_table");
-  const int64_t page = slots_of(table);
-  for (const CacheTensor& t : table)
-    ALIGNOPS_CHECK(t.slots == page, op, ": caches must have pages of the same size, got ", page,
-                   " and ", t.slots, " slots");
-  check_memory(table, {}, op, "caches");
-  if (table.empty()) return;
-  apply(table, table, plan_paged_tree(op, args, {pages, per_row, page, rows_of(table)}));
+  const PagedTreeCall call = paged_tree_call(caches, block_table, base, path, length, slot_dim, op);
+  if (caches.empty()) return;
+  apply(call.caches, call.caches, plan_paged_tree(op, call.plan, call.pages));
 }
 
 void packed(Tensors caches, const Tensor& cu, const Tensor& new_cu, Tensors out) {
   const char* op = "speculative_kv_packed_";
-  const Table from = as_table(caches, kPackedAxes, false, op, "caches");
-  const Table to = as_table(out, kPackedAxes, true, op, "out");
-  check_pairs(out, to, caches, from, op, "out");
-  const int64_t offsets = check_vector(cu, op, "cu");
-  ALIGNOPS_CHECK(offsets >= 1, op, ": cu must have shape (rows + 1,), got (0,)");
-  const Ints begin = as_ints(cu, {offsets}, op, "cu"),
-             new_begin = as_ints(new_cu, {offsets}, op, "new_cu");
-  const bool in_place = same_tables(from, to);
-  check_memory(to, in_place ? Table{} : from, op, "out");
-  if (from.empty()) return;
-  apply(from, to,
-        plan_packed(op, begin, new_begin, offsets - 1, slots_of(from), slots_of(to), in_place));
+  const PackedCall call = packed_call(caches, cu, new_cu, out, op);
+  if (caches.empty()) return;
+  apply(call.from, call.to,
+        plan_packed(op, call.cu, call.new_cu, call.rows, slots_of(call.from), slots_of(call.to),
+                    call.in_place));
 }
 
 void append(Tensors caches, Tensors columns, const Tensor& lens, const Optional& counts,
             int64_t slot_dim) {
   const char* op = "speculative_ragged_append_";
-  const Axes axes = axes_of(slot_dim, op);
-  const Table to = as_table(caches, axes, true, op, "caches");
-  const Table from = as_table(columns, axes, false, op, "new");
-  check_pairs(columns, from, caches, to, op, "new");
-  const int64_t rows = caches.empty() ? check_vector(lens, op, "lens") : rows_of(to);
-  const int64_t width = slots_of(from);
-  for (const CacheTensor& t : from)
-    ALIGNOPS_CHECK(t.rows == rows && t.slots == width, op, ": new must have ", rows,
-                   " rows (as caches) and equally many columns, got ", t.rows, " rows and ",
-                   t.slots, " columns where the first has ", width);
-  const Ints start = as_ints(lens, {rows}, op, "lens"),
-             count = as_ints(counts, {rows}, op, "counts");
-  check_memory(to, from, op, "new");
-  if (to.empty()) return;
-  apply(from, to, plan_append(op, start, count, rows, width, slots_of(to)));
+  const AppendCall call = append_call(caches, columns, lens, counts, slot_dim, op);
+  if (caches.empty()) return;
+  apply(call.from, call.to,
+        plan_append(op, call.lens, call.counts, call.rows, call.columns, slots_of(call.to)));
 }
 
 }  // namespace

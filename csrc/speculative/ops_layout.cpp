@@ -1,20 +1,13 @@
 // Positions, masks and tree tables. Schemas and CPU implementations; values are checked first.
-#include "ops_layout.h"
-
-#include <tuple>
+#include "ops_calls.h"
 
 namespace alignops::speculative {
 namespace {
 
-using Optional = std::optional<Tensor>;
-
 Tensor positions(const Tensor& c, int64_t q_len, const Optional& pad, const Optional& counts,
                  const Optional& depth) {
   const char* op = "speculative_positions";
-  const Queries queries = as_queries(c, q_len, counts, depth, op);
-  const Ints padding = as_ints(pad, {queries.rows}, op, "pad");
-  ALIGNOPS_CHECK(!pad.has_value() || (!counts.has_value() && !depth.has_value()), op,
-                 ": pad must be given without counts and depth: it is of columns, they of queries");
+  const auto [queries, padding] = positions_call(c, q_len, pad, counts, depth, op);
   check_queries(op, queries);
   Tensor out = torch::stable::new_empty(c, {queries.rows, q_len}, ScalarType::Long);
   auto* values = out.mutable_data_ptr<int64_t>();
@@ -50,43 +43,25 @@ Tensor mask(const Tensor& c, int64_t q_len, int64_t slots, int64_t kind, ScalarT
 
 std::tuple<Tensor, Tensor> cu_seqlens(const Tensor& c, int64_t q_len, const Optional& counts) {
   const char* op = "speculative_cu_seqlens";
-  const Queries queries = as_queries(c, q_len, counts, std::nullopt, op);
-  Tensor of_queries = torch::stable::new_empty(c, {queries.rows + 1}, ScalarType::Int);
-  Tensor of_slots = torch::stable::new_empty(c, {queries.rows + 1}, ScalarType::Int);
-  offsets(op, queries, of_queries.mutable_data_ptr<int32_t>(),
-          of_slots.mutable_data_ptr<int32_t>());
-  return {of_queries, of_slots};
+  OffsetsCall call = offsets_call(c, q_len, counts, op);
+  offsets(op, call.queries, call.of_queries.mutable_data_ptr<int32_t>(),
+          call.of_slots.mutable_data_ptr<int32_t>());
+  return {call.of_queries, call.of_slots};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tree_tables(const Tensor& parent) {
   const char* op = "speculative_tree_tables";
-  TreeTables tables = as_tree(parent, op);
-  check_tree(op, tables);
-  const int64_t rows = tables.rows, n = tables.nodes;
-  const auto make = [&](ScalarType dtype) {
-    return torch::stable::new_empty(parent, {rows, n}, dtype);
-  };
-  Tensor depth = make(ScalarType::Int), ancestors = make(ScalarType::Long);
-  Tensor first_child = make(ScalarType::Int), next_sibling = make(ScalarType::Int);
-  Tensor block = torch::stable::new_empty(parent, {rows, n, n}, ScalarType::Bool);
-  tables.depth = depth.mutable_data_ptr<int32_t>();
-  tables.ancestors = ancestors.mutable_data_ptr<int64_t>();
-  tables.first_child = first_child.mutable_data_ptr<int32_t>();
-  tables.next_sibling = next_sibling.mutable_data_ptr<int32_t>();
-  tables.block = block.mutable_data_ptr<bool>();
-  fill_tree(tables);
-  return {depth, ancestors, first_child, next_sibling, block};
+  const TreeTablesCall call = tree_tables_call(parent, op);
+  check_tree(op, call.tables);
+  fill_tree(call.tables);
+  return call.out;
 }
 
 std::tuple<Tensor, Tensor> tree_select(const Tensor& scores, const Tensor& parents, int64_t n) {
   const char* op = "speculative_tree_select";
-  TreeSelection selection = as_selection(scores, parents, n, op);
-  Tensor nodes = torch::stable::new_empty(scores, {selection.rows, n}, ScalarType::Int);
-  Tensor parent = torch::stable::new_empty(scores, {selection.rows, n + 1}, ScalarType::Int);
-  selection.nodes = nodes.mutable_data_ptr<int32_t>();
-  selection.parent = parent.mutable_data_ptr<int32_t>();
-  select_tree(op, selection);
-  return {nodes, parent};
+  const SelectCall call = select_call(scores, parents, n, op);
+  select_tree(op, call.selection);
+  return call.out;
 }
 
 }  // namespace

@@ -11,20 +11,19 @@
 //
 // Sums of surprisals are added in order, from the first token of the row, as on the CPU: bit for
 // bit the same.
+#include "../../common/cuda_device.h"
 #include "launch.h"
 
 namespace alignops::spans::cuda {
 namespace {
 
+using alignops::cuda::blocks;
+using alignops::cuda::clamp;
 using alignops::cuda::run;
 
 constexpr int kThreads = 128;
 constexpr int kBlocks = 4;  // of a multiprocessor, at least: leaves registers for all
 constexpr int kLanes = 32;
-
-__device__ __forceinline__ int64_t clamp(int64_t value, int64_t low, int64_t high) {
-  return value < low ? low : value > high ? high : value;
-}
 
 __device__ __forceinline__ uint64_t smaller(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
@@ -201,8 +200,6 @@ int search_steps(const Shard& shard) {
   for (uint64_t left = shard.suf_size; left > 0; left /= 2) ++steps;
   return steps;
 }
-
-int64_t blocks(int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; }
 
 // Calls body(token) with a token of the width of the text.
 template <class Body>

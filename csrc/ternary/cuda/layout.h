@@ -14,11 +14,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define ALIGNOPS_HD __host__ __device__ __forceinline__
-#else
-#define ALIGNOPS_HD inline
-#endif
+#include "../../common/host_device.h"
 
 namespace alignops::ternary::cuda {
 
