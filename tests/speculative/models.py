@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 from collections.abc import Sequence
@@ -53,6 +54,28 @@ def model(kind: str = "rope", seed: int | None = None, vocab: int = VOCAB) -> An
     net.generation_config.eos_token_id = None
     net.generation_config.pad_token_id = 0
     return net.double().eval()
+
+
+@functools.cache
+def perturbed(amount: float, kind: str = "rope") -> Any:
+    """A model that often agrees with `model(kind)`, the less the larger the amount."""
+    net = copy.deepcopy(model(kind))
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(amount * torch.randn_like(p) * p.std())
+    return net
+
+
+def permuted(net: Any, order: Sequence[int]) -> Any:
+    """The model of the same text in other ids: order[i] instead of i."""
+    net = copy.deepcopy(net)
+    place = torch.tensor(order)
+    with torch.no_grad():
+        for weight in {net.get_input_embeddings().weight, net.get_output_embeddings().weight}:
+            old = weight.clone()
+            weight[place] = old
+    return net
 
 
 def plain(net: Any, prompt: Tensor, count: int, eos: Sequence[int] = ()) -> list[int]:
