@@ -69,6 +69,32 @@ def test_build_json_lines_as_bytes(texts: Path, tmp_path: Path) -> None:
     assert (entries[0]["count"], entries[0]["tokens"]) == (1, 10)
 
 
+def test_remove(texts: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "index"
+    alignops("spans", "build", texts / "lines.jsonl", "--out", folder,
+             "--tokenizer", "bytes", "--field", "body", "--meta", "id")  # fmt: skip
+    size = len(f"{SENTENCE} 0")
+    output = alignops("spans", "remove", folder, "1", "--meta", "id=3", "--dry-run")
+    assert f"2 documents of {2 * size} tokens would be removed" in output
+    assert json.loads(alignops("spans", "info", folder, "--json"))["removed_documents"] == 0
+    output = alignops("spans", "remove", folder, "1", "--meta", "id=3")
+    assert f"removed 2 documents of {2 * size} tokens; 2 are removed in all" in output
+    facts = json.loads(alignops("spans", "info", folder, "--json"))
+    assert (facts["documents"], facts["removed_documents"]) == (4, 2)
+    assert facts["tokens"] == 2 * size
+    entries = json.loads(alignops("spans", "count", folder, SENTENCE, "sea 3", "--json"))
+    assert [entry["count"] for entry in entries] == [2, 0]
+    assert "intact" in alignops("spans", "verify", folder)
+    assert "removed 0 documents of 0 tokens" in alignops("spans", "remove", folder, "1")
+    for arguments, text in (
+        ((), "nothing to remove"),
+        (("4",), "none is 4"),
+        (("--meta", "id"), "takes KEY=VALUE"),
+        (("--meta", "id=3"), "no document has id=3"),
+    ):
+        assert text in alignops("spans", "remove", folder, *arguments, ok=False)
+
+
 def test_build_parquet(tmp_path: Path) -> None:
     arrow = pytest.importorskip("pyarrow", reason="needs the extra [corpus]")
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra [corpus]")

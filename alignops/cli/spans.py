@@ -114,6 +114,7 @@ def info(
             "uuid": opened.uuid,
             "tokens": opened.n_tokens,
             "documents": opened.n_docs,
+            "removed_documents": len(opened.removed),
             "shards": opened.n_shards,
             "vocab_size": opened.vocab_size,
             "token_bits": opened.token_bits,
@@ -127,6 +128,45 @@ def info(
     for name, value in facts.items():
         shown = f"{value:,}" if isinstance(value, int) else value or "none"
         typer.echo(f"{name.replace('_', ' '):18}{shown}")
+
+
+@spans.command()
+def remove(
+    index: Index,
+    documents: Annotated[list[int] | None, typer.Argument(help="Numbers of documents.")] = None,
+    meta: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE: all documents with these metadata.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Say what would be removed.")] = False,
+) -> None:
+    """Remove documents: nothing counts or finds their tokens any more."""
+    from alignops.spans import SpanIndex, find_documents, remove_documents
+
+    wanted = set(documents or ())
+    with SpanIndex.open(index) as opened:
+        for condition in meta or ():
+            key, equals, value = condition.partition("=")
+            if not equals:
+                raise typer.BadParameter(f"--meta takes KEY=VALUE, got {condition!r}")
+            found = set(find_documents(opened, key, value))
+            if not found:
+                raise typer.BadParameter(f"no document has {condition}")
+            wanted |= found
+        if not wanted:
+            raise typer.BadParameter("nothing to remove: give numbers, or --meta")
+        beyond = [d for d in wanted if not 0 <= d < opened.n_docs]
+        if beyond:
+            raise typer.BadParameter(f"there are {opened.n_docs} documents, none is {beyond[0]}")
+        wanted -= set(opened.removed.tolist())
+        if dry_run:
+            tokens = sum(len(opened.document(d).tokens) for d in wanted)
+            typer.echo(f"{index}: {len(wanted):,} documents of {tokens:,} tokens would be removed")
+            return
+    removed = remove_documents(index, sorted(wanted))
+    typer.echo(
+        f"{index}: removed {removed.documents:,} documents of {removed.tokens:,} tokens; "
+        f"{removed.total:,} are removed in all"
+    )
 
 
 @spans.command()

@@ -36,6 +36,9 @@ from alignops.spans.matcher import Peek as Peek
 from alignops.spans.matcher import SpanMatcher as SpanMatcher
 from alignops.spans.ops import IndexTensors as IndexTensors
 from alignops.spans.ops import cbd_penalty as cbd_penalty
+from alignops.spans.removal import Removal as Removal
+from alignops.spans.removal import find_documents as find_documents
+from alignops.spans.removal import remove_documents as remove_documents
 from alignops.spans.results import Attribution as Attribution
 from alignops.spans.results import Document as Document
 from alignops.spans.results import Hits as Hits

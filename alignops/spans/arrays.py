@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from alignops.spans.errors import TokenizerMismatchError
+
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
@@ -47,6 +49,58 @@ def as_tokens(values: Any, op: str, argument: str = "ids", dims: int = 1) -> npt
 def as_ids(values: Any, op: str, argument: str = "ids", dims: int = 1) -> Ints:
     """`as_tokens`, but always int64."""
     return as_tokens(values, op, argument, dims).astype(np.int64, copy=False)
+
+
+def check_rows(
+    ids: npt.NDArray[Any],
+    offsets: Ints | None,
+    vocab_size: int,
+    token_bits: int,
+    op: str,
+    argument: str,
+) -> None:
+    """What the native `encode` of an index checks, for ids that go elsewhere.
+
+    Raises:
+        ValueError: the offsets do not rise from 0 to the number of ids.
+        IndexError: an id is outside the vocabulary.
+    """
+    if offsets is not None:
+        ends = f"{offsets[0]} and {offsets[-1]}" if len(offsets) else "none"
+        if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(ids):
+            raise ValueError(
+                f"{op}: offsets must begin with 0 and end with {len(ids)}, the number of "
+                f"{argument}, got {ends}"
+            )
+        falls = np.flatnonzero(np.diff(offsets) < 0)
+        if len(falls):
+            i = int(falls[0]) + 1
+            raise ValueError(
+                f"{op}: offsets must not decrease, got {offsets[i - 1]} and then {offsets[i]} at "
+                f"{i}"
+            )
+    bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    if len(bad):
+        got = int(ids[bad[0]])
+        separator = got == (1 << token_bits) - 1
+        raise IndexError(
+            f"{op}: {argument} must hold ids in [0, {vocab_size}), got {got} at {bad[0]}"
+            + ", the separator of documents: matches cannot cross documents" * separator
+        )
+
+
+def check_same_tokenizer(op: str, first_name: str, first: Any, name: str, index: Any) -> None:
+    """Two indexes hold tokens of one tokenizer, as far as they say.
+
+    Raises:
+        TokenizerMismatchError: they differ in vocabulary size or, if both have one, in fingerprint.
+    """
+    for field in ("vocab_size", "fingerprint"):
+        want, got = getattr(first, field), getattr(index, field)
+        if want != got and None not in (want, got):
+            raise TokenizerMismatchError(
+                f"{op}: {field} of {name} must be {want!r}, as of {first_name}, got {got!r}"
+            )
 
 
 def as_int(value: Any, op: str, argument: str) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -58,6 +58,7 @@ class Part:
     uuids: tuple[str, ...]
     shards: tuple[int, ...]
     counts: Ints  # (V,)
+    removed: Ints
 
     @property
     def n_shards(self) -> int:
@@ -70,7 +71,6 @@ class MatcherSpec:
 
     max_match: int
     rule: MatchRule
-    allow: SpanIndex | None
 
 
 class RowText(NamedTuple):
@@ -100,11 +100,23 @@ class ShardBackend(Protocol):
     def matching_stats(self, ids: Ints, offsets: Ints, counts: bool) -> tuple[Ints, Ints | None]:
         """Longest match from each token inside its row, (len(ids),), and with `counts` its M."""
 
-    def locate(self, q: Ints, occurrences: Ints) -> Hits:
-        """Places of these occurrences of q, which are numbered in rank order, shard after shard."""
+    def locate(self, ids: Ints, offsets: Ints, rows: Ints, numbers: Ints) -> Hits:
+        """Places of occurrences of rows, numbered in the order of the ranks, shard after shard."""
+
+    def hits(self, shard: int, ranks: Ints) -> Hits:
+        """Places of the suffixes at these ranks of a shard."""
 
     def next_dist(self, ctx: Ints) -> NextDist:
         """All tokens that follow, with their counts."""
+
+    def next_tokens(self, ctx: Ints, numbers: Ints) -> Ints:
+        """What follows these occurrences, -1 at the end of a document."""
+
+    def eos_count(self, ctx: Ints) -> int:
+        """How often it ends a document."""
+
+    def verify(self, level: str) -> None:
+        """Check the files."""
 
     def document(self, d: int) -> Document:
         """Document d of this backend."""
@@ -148,6 +160,21 @@ def check_same_tokens(parts: Sequence[Any], names: Sequence[str], op: str) -> No
                 raise TokenizerMismatchError(
                     f"{op}: {field} of {name} must be {want!r}, as of {names[0]}, got {got!r}"
                 )
+
+
+def split_occurrences(
+    counts: Sequence[Ints], rows: Ints, numbers: Ints
+) -> Iterator[tuple[Ints, Ints]]:
+    """Which occurrences of rows are in each of several parts, and their numbers there.
+
+    `counts` says how many each part has of each row; part after part, they are numbered through.
+    """
+    below = np.zeros_like(counts[0])
+    for count in counts:
+        own = numbers - below[rows]
+        at = np.flatnonzero((own >= 0) & (own < count[rows]))
+        yield at, own[at]
+        below = below + count
 
 
 def merge_states(states: Sequence[S], max_count: int | None) -> S:
@@ -250,6 +277,9 @@ class LocalBackend(ShardBackend):
             tuple(i.uuid for i in self._indexes),
             tuple(i.n_shards for i in self._indexes),
             np.sum([i.counts for i in self._indexes], axis=0, dtype=np.int64),
+            np.concatenate(
+                [i.removed + d for i, d in zip(self._indexes, self._first_document, strict=False)]
+            ),
         )
 
     # Queries
@@ -267,24 +297,49 @@ class LocalBackend(ShardBackend):
             return merge_stats([(lengths, None) for lengths in found])
         return merge_stats([i.matching_stats_batch(ids, offsets, True) for i in self._indexes])
 
-    def locate(self, q: Ints, occurrences: Ints) -> Hits:
-        intervals = np.concatenate([i.find(q) for i in self._indexes])
-        ends = np.cumsum(intervals[:, 1] - intervals[:, 0])
-        shard = np.searchsorted(ends, occurrences, side="right")
-        rank = occurrences - np.where(shard > 0, ends[shard - 1], 0) + intervals[shard, 0]
-        result = Hits(shard, *(np.zeros_like(occurrences) for _ in range(3)))
-        for i, index in enumerate(self._indexes):
-            for s in range(index.n_shards):
-                at = np.flatnonzero(shard == self._first_shard[i] + s)
-                if len(at):
-                    hits = index.hits(s, rank[at])
-                    result.position[at] = hits.position
-                    result.document[at] = hits.document + self._first_document[i]
-                    result.offset[at] = hits.offset
+    def locate(self, ids: Ints, offsets: Ints, rows: Ints, numbers: Ints) -> Hits:
+        counts = [i.count_batch(ids, offsets) for i in self._indexes]
+        result = Hits(*(np.zeros_like(numbers) for _ in range(4)))
+        for i, (at, own) in enumerate(split_occurrences(counts, rows, numbers)):
+            if len(at):
+                index = self._indexes[i]
+                batch = index._encode("locate", "ids", ids, offsets)
+                found = index._occurrences(batch, rows[at], own)[0]
+                self._renumber(i, found, result, at)
         return result
+
+    def hits(self, shard: int, ranks: Ints) -> Hits:
+        i = int(np.searchsorted(self._first_shard, shard, side="right")) - 1
+        found = self._indexes[i].hits(shard - self._first_shard[i], ranks)
+        result = Hits(*(np.zeros_like(ranks) for _ in range(4)))
+        self._renumber(i, found, result, slice(None))
+        return result
+
+    def _renumber(self, i: int, found: Hits, result: Hits, at: Any) -> None:
+        """Write hits in index i to these places of a result, numbered over all indexes."""
+        result.shard[at] = found.shard + self._first_shard[i]
+        result.position[at] = found.position
+        result.document[at] = found.document + self._first_document[i]
+        result.offset[at] = found.offset
 
     def next_dist(self, ctx: Ints) -> NextDist:
         return merge_next([i.next_dist(ctx) for i in self._indexes])
+
+    def next_tokens(self, ctx: Ints, numbers: Ints) -> Ints:
+        counts = [np.array([i.count(ctx)]) for i in self._indexes]
+        result = np.empty_like(numbers)
+        for i, (at, own) in enumerate(split_occurrences(counts, np.zeros_like(numbers), numbers)):
+            if len(at):
+                index = self._indexes[i]
+                result[at] = index._next_tokens(index._encode("next_dist", "ctx", ctx), own)
+        return result
+
+    def eos_count(self, ctx: Ints) -> int:
+        return sum(i.eos_count(ctx) for i in self._indexes)
+
+    def verify(self, level: str) -> None:
+        for index in self._indexes:
+            index.verify(level)
 
     def document(self, d: int) -> Document:
         i = int(np.searchsorted(self._first_document, d, side="right")) - 1
@@ -297,9 +352,7 @@ class LocalBackend(ShardBackend):
     ) -> MatchState:
         self._evict(matcher)
         made = [
-            SpanMatcher(
-                index, spec.allow, batch=len(rows), max_match=spec.max_match, rule=spec.rule
-            )
+            SpanMatcher(index, batch=len(rows), max_match=spec.max_match, rule=spec.rule)
             for index in self._indexes
         ]
         # The last token of what is no prompt is advanced by, so that its match is judged.

@@ -6,25 +6,29 @@ import copy
 import uuid as uuids
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate, pairwise
-from typing import Any, Generic, Literal, TypeVar, overload
+from itertools import accumulate
+from typing import Any, Generic, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
-from alignops.spans.arrays import Floats, Ints, as_ids, as_mask, as_ragged
+from alignops.spans.arrays import Ints, as_ids, as_int, check_rows
 from alignops.spans.backends import (
+    LocalBackend,
     ShardBackend,
     check_same_tokens,
     merge_next,
     merge_stats,
+    split_occurrences,
 )
 from alignops.spans.distributed_matcher import DistributedMatcher
 from alignops.spans.errors import IndexCorruptError, ShardUnavailableError
 from alignops.spans.index import SpanIndex
 from alignops.spans.matcher import MatchRule
-from alignops.spans.results import Document, Hits, Match, NextDist, Spans
+from alignops.spans.queries import MAX_MATCH, Queries
+from alignops.spans.results import Document, Hits, NextDist, Spans
 
 __all__ = ["Answer", "DistributedIndex"]
 
@@ -78,21 +82,30 @@ class _Replicas:
             backend.close()
 
 
-class DistributedIndex:
+@dataclass
+class Rows:
+    """Checked rows of a query; how often each occurs in each backend, as soon as that is known."""
+
+    ids: Ints
+    bounds: Ints
+    counts: dict[int, Ints] = field(default_factory=dict)
+
+
+class DistributedIndex(Queries[Rows]):
     """What `SpanIndex` answers, over the parts of several backends.
 
     The parts are put together in the order of the backends: shards and documents are numbered
     through. No answer depends on which backend holds which part; and only `find`, `locate` and the
     numbers of documents depend on how the documents were divided into parts and shards. A query
-    goes to all backends at once and takes two rounds at most. Calls may come from any thread.
+    goes to all backends at once, in a few rounds. Calls may come from any thread.
 
     Args:
         backends: each a backend, or a list of replicas, which hold the same parts: where one does
             not answer, another one is asked, once.
 
     Attributes:
-        vocab_size, token_bits, fingerprint, n_tokens, n_docs, n_shards, max_match: of `SpanIndex`,
-            over all parts.
+        vocab_size, token_bits, fingerprint, n_tokens, n_docs, n_shards, removed, max_match: of
+            `SpanIndex`, over all parts.
         uuid: follows from those of the parts and their order.
         counts, unigram: int64 and float64 (V,), over all parts.
 
@@ -112,8 +125,6 @@ class DistributedIndex:
         (2, [0, 1])
     """
 
-    max_match = SpanIndex.max_match
-
     def __init__(self, backends: Sequence[ShardBackend | Sequence[ShardBackend]]) -> None:
         if not backends:
             raise ValueError("DistributedIndex: backends must name at least one, got none")
@@ -130,7 +141,8 @@ class DistributedIndex:
         self.uuid = str(
             uuids.uuid5(uuids.NAMESPACE_OID, ",".join(u for p in parts for u in p.uuids))
         )
-        self._first_document = [0, *accumulate(part.n_docs for part in parts)]
+        self._first_document = first = [0, *accumulate(part.n_docs for part in parts)]
+        self.removed = np.concatenate([p.removed + d for p, d in zip(parts, first, strict=False)])
         self._first_shard = [0, *accumulate(part.n_shards for part in parts)]
         self._pool = ThreadPoolExecutor(len(parts), thread_name_prefix="spans")
         self._missing: dict[int, str] | None = None  # a dict: parts may be missing
@@ -207,168 +219,123 @@ class DistributedIndex:
         total.flags.writeable = False
         return total
 
-    @cached_property
-    def unigram(self) -> Floats:
-        """P(t) = c_t / N, float64 (V,); zeros for an empty corpus."""
-        probs: Floats = self.counts / max(self.n_tokens, 1)
-        probs.flags.writeable = False
-        return probs
+    def verify(self, level: str = "full") -> None:
+        """See `SpanIndex.verify`; all backends check their files."""
+        self._scatter(lambda _, backend: backend.verify(level))
 
-    def document(self, d: int) -> Document:
-        """See `SpanIndex.document`."""
-        if not 0 <= d < self.n_docs:
-            raise IndexError(f"document: d must lie in [0, {self.n_docs}), got {d}")
+    def hits(self, shard: int, ranks: Any) -> Hits:
+        """See `SpanIndex.hits`."""
+        shard = as_int(shard, "hits", "shard")
+        if not 0 <= shard < self.n_shards:
+            raise IndexError(f"hits: shard must lie in [0, {self.n_shards}), got {shard}")
+        i = int(np.searchsorted(self._first_shard, shard, side="right")) - 1
+        at = as_ids(ranks, "hits", "ranks")
+        return self._renumbered(
+            i, self._groups[i].ask(lambda backend: backend.hits(shard - self._first_shard[i], at))
+        )
+
+    def _renumbered(self, i: int, hits: Hits) -> Hits:
+        """Hits of backend i, with shards and documents numbered over all."""
+        return hits._replace(
+            shard=hits.shard + self._first_shard[i],
+            document=hits.document + self._first_document[i],
+        )
+
+    # Searches
+
+    def _encode(
+        self, op: str, argument: str, ids: npt.NDArray[Any], offsets: Ints | None = None
+    ) -> Rows:
+        check_rows(ids, offsets, self.vocab_size, self.token_bits, op, argument)
+        return Rows(
+            ids.astype(np.int64, copy=False),
+            np.array([0, len(ids)]) if offsets is None else offsets,
+        )
+
+    def _document(self, d: int) -> Document:
         i = int(np.searchsorted(self._first_document, d, side="right")) - 1
         return self._groups[i].ask(lambda backend: backend.document(d - self._first_document[i]))
 
-    # Counts and places
-
-    def count(self, q: Any) -> int:
-        """See `SpanIndex.count`."""
-        q = as_ids(q, "count", "q")
-        return int(self.count_batch(q, [0, len(q)])[0])
-
-    def count_batch(self, ids: Any, offsets: Any) -> Ints:
-        """See `SpanIndex.count_batch`."""
-        flat, bounds = as_ragged(ids, offsets, "count_batch")
-        found = self._scatter(lambda _, backend: backend.count_batch(flat, bounds))
-        total: Ints = np.sum(list(found.values()), axis=0)
+    def _count(self, batch: Rows) -> Ints:
+        batch.counts = self._scatter(lambda _, b: b.count_batch(batch.ids, batch.bounds))
+        total: Ints = np.sum(list(batch.counts.values()), axis=0)
         return total
 
-    def find(self, q: Any) -> Ints:
-        """See `SpanIndex.find`."""
-        q = as_ids(q, "find", "q")
-        intervals: Ints = self.find_batch(q, [0, len(q)])[0]
+    def _find(self, batch: Rows) -> Ints:
+        """Shards that cannot be reached (`partially`): [0, 0)."""
+        intervals = np.zeros((len(batch.bounds) - 1, self.n_shards, 2), np.int64)
+        found = self._scatter(lambda _, backend: backend.find(batch.ids, batch.bounds))
+        for i, part in found.items():
+            intervals[:, self._first_shard[i] : self._first_shard[i + 1]] = part
         return intervals
 
-    def find_batch(self, ids: Any, offsets: Any) -> Ints:
-        """See `SpanIndex.find_batch`. Shards that cannot be reached (`partially`): [0, 0)."""
-        flat, bounds = as_ragged(ids, offsets, "find_batch")
-        intervals = np.zeros((len(bounds) - 1, self.n_shards, 2), np.int64)
-        for i, found in self._scatter(lambda _, backend: backend.find(flat, bounds)).items():
-            intervals[:, self._first_shard[i] : self._first_shard[i + 1]] = found
-        return intervals
+    def _held(self, batch: Rows, rows: Ints, numbers: Ints) -> dict[int, tuple[Ints, Ints]]:
+        """By backend: which of these occurrences it has, and their numbers there."""
+        backends = sorted(batch.counts)
+        counts = [batch.counts[i] for i in backends]
+        return dict(zip(backends, split_occurrences(counts, rows, numbers), strict=True))
 
-    def locate(self, q: Any, limit: int = 10) -> Hits:
-        """See `SpanIndex.locate`."""
-        if limit < 0:
-            raise ValueError(f"locate: limit must not be negative, got {limit}")
-        q = as_ids(q, "locate", "q")
-        intervals = self.find(q)
-        ends = np.cumsum(intervals[:, 1] - intervals[:, 0])
-        total = int(ends[-1])
-        kept = min(total, limit)
-        chosen = np.array([(2 * i + 1) * total // (2 * kept) for i in range(kept)], np.int64)
-        # Occurrences of backend i are those from starts[i] on.
-        starts = np.concatenate([[0], ends])[self._first_shard]
-        wanted = [
-            chosen[(chosen >= begin) & (chosen < end)] - begin for begin, end in pairwise(starts)
-        ]
-        found = self._scatter(
-            lambda i, backend: backend.locate(q, wanted[i]) if len(wanted[i]) else _NO_HITS
-        )
-        hits = [
-            Hits(
-                h.shard + self._first_shard[i],
-                h.position,
-                h.document + self._first_document[i],
-                h.offset,
-            )
-            for i, h in sorted(found.items())
-        ]
-        return Hits(*map(np.concatenate, zip(*hits, strict=True)))
+    def _occurrences(self, batch: Rows, rows: Ints, numbers: Ints) -> tuple[Hits, Ints]:
+        held = self._held(batch, rows, numbers)
 
-    # Matches
+        def ask(i: int, backend: ShardBackend) -> Hits | None:
+            at, own = held.get(i, _NOTHING)
+            return backend.locate(batch.ids, batch.bounds, rows[at], own) if len(at) else None
 
-    def _stats(self, flat: Ints, bounds: Ints, counts: bool) -> tuple[Ints, Ints | None]:
-        found = self._scatter(lambda _, backend: backend.matching_stats(flat, bounds, counts))
-        return merge_stats(list(found.values()))
+        result = Hits(*(np.zeros_like(numbers) for _ in range(4)))
+        known = np.zeros(len(numbers), dtype=bool)
+        for i, found in self._scatter(ask).items():
+            if found is not None:
+                at = held[i][0]
+                known[at] = True
+                for to, values in zip(result, self._renumbered(i, found), strict=True):
+                    to[at] = values
+        return Hits(*(values[known] for values in result)), rows[known]
 
-    def matching_stats(self, x: Any) -> Ints:
-        """See `SpanIndex.matching_stats`."""
-        x = as_ids(x, "matching_stats", "x")
-        return self._stats(x, np.array([0, len(x)]), False)[0]
+    def _match(self, batch: Rows, counts: bool) -> tuple[Ints, Ints]:
+        found = self._scatter(lambda _, b: b.matching_stats(batch.ids, batch.bounds, counts))
+        lengths, numbers = merge_stats(list(found.values()))
+        return lengths, lengths[:0] if numbers is None else numbers
 
-    @overload
-    def matching_stats_batch(
-        self, ids: Any, offsets: Any, counts: Literal[False] = False
-    ) -> Ints: ...
+    def _longest_prefix(self, batch: Rows) -> int:
+        return int(self._match(batch, False)[0][0]) if len(batch.ids) else 0
 
-    @overload
-    def matching_stats_batch(
-        self, ids: Any, offsets: Any, counts: Literal[True]
-    ) -> tuple[Ints, Ints]: ...
-
-    def matching_stats_batch(self, ids: Any, offsets: Any, counts: bool = False) -> Any:
-        """See `SpanIndex.matching_stats_batch`."""
-        found = self._stats(*as_ragged(ids, offsets, "matching_stats_batch"), counts)
-        return found if counts else found[0]
-
-    def _match(self, x: Ints) -> Match:
-        intervals = self.find(x)
-        return Match(len(x), int((intervals[:, 1] - intervals[:, 0]).sum()), intervals)
-
-    def longest_prefix(self, x: Any) -> Match:
-        """See `SpanIndex.longest_prefix`."""
-        x = as_ids(x, "longest_prefix", "x")
-        return self._match(x[: self.matching_stats(x)[0]] if len(x) else x)
-
-    def longest_suffix(self, x: Any) -> Match:
-        """See `SpanIndex.longest_suffix`."""
-        x = as_ids(x, "longest_suffix", "x")
-        reach = np.arange(len(x)) + self.matching_stats(x)
+    def _longest_suffix(self, batch: Rows) -> int:
+        reach = np.arange(len(batch.ids)) + self._match(batch, False)[0]
         # Where matches end does not fall from start to start.
-        return self._match(x[np.searchsorted(reach, len(x)) :])
+        return len(batch.ids) - int(np.searchsorted(reach, len(batch.ids)))
 
-    def maximal_spans(
+    def _maximal_spans(
         self,
-        x: Any,
-        min_len: int = 1,
-        max_count: int | None = None,
-        word_start: Any = None,
-        delimiters: Any = None,
-    ) -> Spans:
-        """See `SpanIndex.maximal_spans`."""
-        x = as_ids(x, "maximal_spans", "x")
-        options = (min_len, max_count, word_start, delimiters)
-        return self.maximal_spans_batch(x, [0, len(x)], *options)[0]
-
-    def maximal_spans_batch(
-        self,
-        ids: Any,
-        offsets: Any,
-        min_len: int = 1,
-        max_count: int | None = None,
-        word_start: Any = None,
-        delimiters: Any = None,
+        op: str,
+        batch: Rows,
+        min_len: int,
+        max_count: int | None,
+        word_start: npt.NDArray[np.bool_] | None,
+        delimiters: npt.NDArray[Any] | None,
     ) -> tuple[Spans, Ints]:
-        """See `SpanIndex.maximal_spans_batch`."""
-        op = "maximal_spans_batch"
-        flat, bounds = as_ragged(ids, offsets, op)
+        flat, bounds = batch.ids, batch.bounds
+        keep = np.ones(len(flat), dtype=bool) if word_start is None else word_start
+        if len(keep) != len(flat):
+            raise ValueError(
+                f"{op}: word_start must have one entry per token, {len(flat)}, got {len(keep)}"
+            )
+        stops = flat[:0] if delimiters is None else self._encode(op, "delimiters", delimiters).ids
         start = np.arange(len(flat))
         row = np.searchsorted(bounds, start, side="right") - 1
-        end = start + self._stats(flat, bounds, False)[0]
-        keep = np.ones(len(flat), dtype=bool)
-        if delimiters is not None:
-            stops = np.isin(flat, as_ids(delimiters, op, "delimiters"))
-            coming = np.where(stops, start, len(flat))
-            end = np.minimum(end, np.minimum.accumulate(coming[::-1])[::-1] + 1)
+        end = start + self._match(batch, False)[0]
+        coming = np.where(np.isin(flat, stops), start, len(flat))
+        end = np.minimum(end, np.minimum.accumulate(coming[::-1])[::-1] + 1)
         if word_start is not None:
-            keep = as_mask(word_start, op, "word_start")
-            if len(keep) != len(flat):
-                raise ValueError(
-                    f"{op}: word_start must have one entry per token, got {len(keep)} for "
-                    f"{len(flat)}"
-                )
             before = np.maximum.accumulate(np.where(keep, start, 0))
             inside = end < bounds[row + 1]
             end = np.where(inside, before[np.where(inside, end, 0)], end)
-        chosen = np.flatnonzero(keep & (end - start >= max(min_len, 1)))
+        chosen = np.flatnonzero(keep & (end - start >= min_len))
         count: Ints | None = None
         if max_count is not None:
             count = self._count_spans(flat, chosen, end[chosen])
             chosen, count = chosen[count <= max_count], count[count <= max_count]
-        # Kept are those that end after all before them.
+        # Kept are those that end after all before them in their row.
         last = np.maximum.accumulate(np.concatenate([[0], end[chosen]]))[:-1]
         new = end[chosen] > last
         chosen = chosen[new]
@@ -380,51 +347,58 @@ class DistributedIndex:
         """M of flat[start:end] for each pair."""
         rows = [flat[a:b] for a, b in zip(start, end, strict=True)]
         bounds = np.concatenate([[0], np.cumsum(end - start)])
-        return self.count_batch(np.concatenate([flat[:0], *rows]), bounds)
+        return self._count(Rows(np.concatenate([flat[:0], *rows]), bounds))
 
-    # Next tokens
+    def _next_counts(self, context: Rows, cand: Rows) -> Ints:
+        before = np.tile(context.ids, (len(cand.ids), 1))
+        rows = np.concatenate([before, cand.ids[:, None]], axis=1)
+        bounds = np.arange(len(cand.ids) + 1) * (len(context.ids) + 1)
+        return self._count(Rows(rows.ravel(), bounds))
 
-    def next_counts(self, ctx: Any, cand: Any) -> Ints:
-        """See `SpanIndex.next_counts`."""
-        ctx, cand = as_ids(ctx, "next_counts", "ctx"), as_ids(cand, "next_counts", "cand")
-        rows = np.concatenate([np.tile(ctx, (len(cand), 1)), cand[:, None]], axis=1)
-        return self.count_batch(rows.ravel(), np.arange(len(cand) + 1) * (len(ctx) + 1))
-
-    def next_dist(self, ctx: Any) -> NextDist:
-        """See `SpanIndex.next_dist`; always exact."""
-        ctx = as_ids(ctx, "next_dist", "ctx")
-        found = self._scatter(lambda _, backend: backend.next_dist(ctx))
+    def _next_dist(self, context: Rows) -> NextDist:
+        found = self._scatter(lambda _, backend: backend.next_dist(context.ids))
         return merge_next(list(found.values()))
 
-    def eos_count(self, ctx: Any) -> int:
-        """See `SpanIndex.eos_count`."""
-        ctx = as_ids(ctx, "eos_count", "ctx")
-        return self.count(ctx) - int(self.next_dist(ctx).counts.sum())
+    def _next_tokens(self, context: Rows, numbers: Ints) -> Ints:
+        held = self._held(context, np.zeros_like(numbers), numbers)
+
+        def ask(i: int, backend: ShardBackend) -> Ints | None:
+            at, own = held.get(i, _NOTHING)
+            return backend.next_tokens(context.ids, own) if len(at) else None
+
+        tokens = np.full_like(numbers, -1)  # also of backends that cannot be reached any more
+        for i, found in self._scatter(ask).items():
+            if found is not None:
+                tokens[held[i][0]] = found
+        return tokens
+
+    def _eos_count(self, context: Rows) -> int:
+        return sum(self._scatter(lambda _, backend: backend.eos_count(context.ids)).values())
 
     # Following text
 
     def matcher(
         self,
-        allow: SpanIndex | None = None,
+        allow: SpanIndex | DistributedIndex | None = None,
         *,
         batch: int = 1,
-        max_match: int = SpanIndex.max_match,
+        max_match: int = MAX_MATCH,
         rule: MatchRule | None = None,
     ) -> DistributedMatcher:
-        """What `SpanMatcher` does, with its arguments, over all parts.
-
-        `allow` is opened by every backend, so its folder must be there under the same path.
-        """
-        if self._missing is not None:
-            raise ValueError(
-                "DistributedIndex: a matcher needs all parts, got an index without some"
-            )
-        if not isinstance(allow, SpanIndex | None):
+        """What `SpanMatcher` does, with its arguments, over all parts of both indexes."""
+        if isinstance(allow, SpanIndex):
+            allow = DistributedIndex([LocalBackend([allow])])
+        if not isinstance(allow, DistributedIndex | None):
             raise TypeError(
-                "DistributedIndex: allow must be a SpanIndex, which every backend opens, "
-                f"got {type(allow).__name__}"
+                "DistributedIndex: allow must be a SpanIndex or a DistributedIndex, got "
+                f"{type(allow).__name__}"
             )
+        for index in (self, allow):
+            if index is not None and index._missing is not None:
+                raise ValueError(
+                    "DistributedIndex: a matcher needs all parts, got an index without some"
+                )
         return DistributedMatcher(self, allow, batch, max_match, rule or MatchRule())
 
 
-_NO_HITS = Hits(*(np.empty(0, np.int64),) * 4)
+_NOTHING = np.empty(0, np.int64), np.empty(0, np.int64)

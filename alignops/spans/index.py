@@ -1,48 +1,29 @@
-"""Queries to a corpus index.
-
-Symbols: N tokens of all documents, V size of the vocabulary, M(s) occurrences of the span s, x a
-text of n tokens. Token ids come as any sequence of integers, NumPy array or CPU tensor; ragged
-batches as flat ids and offsets (rows + 1,), row i being ids[offsets[i]:offsets[i + 1]].
-
-Source: suffix array search after Manber and Myers 1993; maximal spans as in OLMoTrace
-(arXiv 2504.07096); infinity-grams as in infini-gram (arXiv 2401.17377); belief conflict index as in
-TraceAlign (arXiv 2508.02063).
-"""
+"""An index that this process has opened."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import os
+import uuid as uuids
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from alignops._native import library
-from alignops.spans.arrays import Ints, as_ids, as_int, as_mask, as_tokens
-from alignops.spans.attribution import belief_conflict, top_docs
-from alignops.spans.results import (
-    Attribution,
-    Document,
-    Hits,
-    InfGram,
-    Match,
-    NextDist,
-    Spans,
-)
+from alignops.spans.arrays import Ints, as_ids
+from alignops.spans.queries import Queries
+from alignops.spans.results import Document, Hits, NextDist, Spans
 from alignops.spans.store import Manifest, open_store
 
 __all__ = ["SpanIndex"]
 
-# Options of `attribute` that the paper names: only rare spans are attributed.
-_PRESETS = {"paper": {"max_count": 3}}
 
-
-class SpanIndex:
+class SpanIndex(Queries["library.SpanBatch"]):
     """An opened index: exact counts, places, longest matches and next tokens of a corpus.
 
     Open one with `SpanIndex.open`. It is immutable: one object serves any number of threads, and
@@ -56,12 +37,14 @@ class SpanIndex:
 
     Attributes:
         path: folder of the index.
-        uuid: identity of the build, in hexadecimal.
+        uuid: identity of the build and of what was removed since, in hexadecimal.
         fingerprint: of the tokenizer, as given to `build_index`, or None.
         vocab_size: V.
         token_bits: width of a stored token, 8, 16 or 32.
         n_tokens: N, over all shards.
-        n_docs: documents of all shards.
+        n_docs: documents of all shards, removed ones included, which keep their numbers.
+        removed: numbers of the removed documents, ascending, int64; see `remove_documents`. Of
+            their tokens no query counts or finds any.
         n_shards: parts of the index.
         max_match: no longest match is longer, 4096.
 
@@ -75,8 +58,6 @@ class SpanIndex:
         (6, 2, 2)
     """
 
-    max_match = 4096
-
     def __init__(
         self,
         store: library.SpanStore,
@@ -86,7 +67,13 @@ class SpanIndex:
         verify: str,
     ) -> None:
         self.path = path
-        self.uuid = str(manifest.uuid)
+        self.removed: Ints = store.removed
+        self.removed.flags.writeable = False
+        self.uuid = str(
+            uuids.uuid5(manifest.uuid, hashlib.sha256(self.removed.tobytes()).hexdigest())
+            if len(self.removed)
+            else manifest.uuid
+        )
         self.fingerprint = manifest.fingerprint
         self.vocab_size = manifest.vocab_size
         self.token_bits = manifest.token_bits
@@ -175,16 +162,6 @@ class SpanIndex:
     def _index(self) -> library.SpanIndex:
         return self._open()[1]
 
-    def _one(self, op: str, argument: str, ids: Any) -> library.SpanBatch:
-        """Ids of one row, checked, in the form that the native code takes."""
-        return self._index.encode(op, argument, as_tokens(ids, op, argument))
-
-    def _rows(self, op: str, ids: Any, offsets: Any) -> library.SpanBatch:
-        bounds = as_ids(offsets, op, "offsets")
-        return self._index.encode(op, "ids", as_tokens(ids, op), bounds)
-
-    # The corpus
-
     @cached_property
     def counts(self) -> Ints:
         """Occurrences c_t of each token, int64 (V,)."""
@@ -197,79 +174,14 @@ class SpanIndex:
         dense.flags.writeable = False
         return dense
 
-    @cached_property
-    def unigram(self) -> npt.NDArray[np.float64]:
-        """P(t) = c_t / N, float64 (V,); zeros for an empty corpus."""
-        probs: npt.NDArray[np.float64] = self.counts / max(self.n_tokens, 1)
-        probs.flags.writeable = False
-        return probs
-
-    def document(self, d: int) -> Document:
-        """Tokens of document d, and what was stored with it.
-
-        Raises:
-            IndexError: there is no document d.
-
-        Example:
-            >>> from alignops.testing import span_index
-            >>> span_index([[1, 2, 1, 2], [2, 1]], vocab_size=4).document(1).tokens.tolist()
-            [2, 1]
-        """
+    def _document(self, d: int) -> Document:
         store = self._store
-        if not 0 <= as_int(d, "document", "d") < self.n_docs:
-            raise IndexError(f"document: d must lie in [0, {self.n_docs}), got {d}")
         return Document(
             store.document_tokens(d).astype(np.int64),
             json.loads(store.meta(d)) if store.has("meta") else None,
             store.label(d) if store.has("lab") else None,
             store.byte_offsets(d) if store.has("boff") else None,
         )
-
-    # Counts and places
-
-    def count(self, q: Any) -> int:
-        """M(q); N for the empty query.
-
-        Example:
-            >>> from alignops.testing import span_index
-            >>> index = span_index([[1, 2, 1, 2], [2, 1]], vocab_size=4)
-            >>> index.count([1, 2]), index.count([2, 1]), index.count([3]), index.count([])
-            (2, 2, 0, 6)
-        """
-        return int(self._index.count(self._one("count", "q", q))[0])
-
-    def count_batch(self, ids: Any, offsets: Any) -> Ints:
-        """M of each row of a ragged batch, int64 (rows,)."""
-        counts: Ints = self._index.count(self._rows("count_batch", ids, offsets))
-        return counts
-
-    def find(self, q: Any) -> Ints:
-        """Ranks [lo, hi) of the suffixes that start with q in each shard, int64 (n_shards, 2).
-
-        Where q does not occur, lo = hi is the rank at which it would stand.
-        """
-        intervals: Ints = self._index.find(self._one("find", "q", q))[0]
-        return intervals
-
-    def find_batch(self, ids: Any, offsets: Any) -> Ints:
-        """`find` of each row of a ragged batch, int64 (rows, n_shards, 2)."""
-        intervals: Ints = self._index.find(self._rows("find_batch", ids, offsets))
-        return intervals
-
-    def locate(self, q: Any, limit: int = 10) -> Hits:
-        """Where q occurs: k = min(M, limit) of its occurrences, evenly spread over their ranks.
-
-        The chosen ones are those at floor((2 i + 1) M / (2 k)) in the order of the suffixes, shard
-        after shard.
-
-        Example:
-            >>> from alignops.testing import span_index
-            >>> hits = span_index([[1, 2, 1, 2], [2, 1]], vocab_size=4).locate([1])
-            >>> sorted(zip(hits.document.tolist(), hits.offset.tolist()))
-            [(0, 0), (0, 2), (1, 1)]
-        """
-        limit = as_int(limit, "locate", "limit")
-        return Hits(*self._index.locate(self._one("locate", "q", q), limit)[:4])
 
     def hits(self, shard: int, ranks: Any) -> Hits:
         """Where the suffixes at these ranks of a shard begin; `find` gives ranks.
@@ -287,253 +199,59 @@ class SpanIndex:
         """
         return Hits(*self._index.hits(shard, as_ids(ranks, "hits", "ranks")))
 
-    # Matches
+    # Searches
 
-    def _match(self, x: Any) -> Match:
-        """The match x, which occurs."""
-        intervals = self.find(x)
-        return Match(len(x), int((intervals[:, 1] - intervals[:, 0]).sum()), intervals)
+    def _encode(
+        self, op: str, argument: str, ids: npt.NDArray[Any], offsets: Ints | None = None
+    ) -> library.SpanBatch:
+        return self._index.encode(op, argument, ids, offsets)
 
-    def longest_prefix(self, x: Any) -> Match:
-        """The longest prefix of x that occurs.
+    def _count(self, batch: library.SpanBatch) -> Ints:
+        return self._index.count(batch)
 
-        Example:
-            >>> from alignops.testing import span_index
-            >>> index = span_index([[1, 2, 1, 2], [2, 1]], vocab_size=4)
-            >>> index.longest_prefix([2, 1, 2, 3])[:2], index.longest_suffix([3, 1, 2])[:2]
-            ((3, 1), (2, 2))
-        """
-        x = as_tokens(x, "longest_prefix", "x")
-        batch = self._one("longest_prefix", "x", x)
-        return self._match(x[: self._index.longest_prefix(batch, self.max_match)[0]])
+    def _find(self, batch: library.SpanBatch) -> Ints:
+        return self._index.find(batch)
 
-    def longest_suffix(self, x: Any) -> Match:
-        """The longest suffix of x that occurs."""
-        x = as_tokens(x, "longest_suffix", "x")
-        batch = self._one("longest_suffix", "x", x)
-        return self._match(x[len(x) - self._index.longest_suffix(batch, self.max_match)[0] :])
+    def _occurrences(
+        self, batch: library.SpanBatch, rows: Ints, numbers: Ints
+    ) -> tuple[Hits, Ints]:
+        *hits, row = self._index.occurrences(batch, rows, numbers)
+        return Hits(*hits), row
 
-    def matching_stats(self, x: Any) -> Ints:
-        """MS[i]: length of the longest prefix of x[i:] that occurs, int64 (n,).
+    def _longest_prefix(self, batch: library.SpanBatch) -> int:
+        return int(self._index.longest_prefix(batch, self.max_match)[0])
 
-        Example:
-            >>> from alignops.testing import span_index
-            >>> index = span_index([[1, 2, 1, 2], [2, 1]], vocab_size=4)
-            >>> index.matching_stats([2, 1, 2, 3]).tolist()
-            [3, 2, 1, 0]
-        """
-        batch = self._one("matching_stats", "x", x)
-        lengths: Ints = self._index.match(batch, self.max_match, False)[0]
-        return lengths
+    def _longest_suffix(self, batch: library.SpanBatch) -> int:
+        return int(self._index.longest_suffix(batch, self.max_match)[0])
 
-    @overload
-    def matching_stats_batch(
-        self, ids: Any, offsets: Any, counts: Literal[False] = False
-    ) -> Ints: ...
+    def _match(self, batch: library.SpanBatch, counts: bool) -> tuple[Ints, Ints]:
+        return self._index.match(batch, self.max_match, counts)
 
-    @overload
-    def matching_stats_batch(
-        self, ids: Any, offsets: Any, counts: Literal[True]
-    ) -> tuple[Ints, Ints]: ...
-
-    def matching_stats_batch(self, ids: Any, offsets: Any, counts: bool = False) -> Any:
-        """`matching_stats` of each row, one after the other, int64 (len(ids),).
-
-        With `counts` also the count of each of these matches, N where the length is 0.
-        """
-        batch = self._rows("matching_stats_batch", ids, offsets)
-        lengths, numbers = self._index.match(batch, self.max_match, counts)
-        return (lengths, numbers) if counts else lengths
-
-    def maximal_spans(
+    def _maximal_spans(
         self,
-        x: Any,
-        min_len: int = 1,
-        max_count: int | None = None,
-        word_start: Any = None,
-        delimiters: Any = None,
-    ) -> Spans:
-        """The matches that no other kept match contains, by place.
-
-        From each token: the longest match that starts there; it is kept if it is long and rare
-        enough and ends after every kept one before it.
-
-        Args:
-            x: tokens (n,).
-            min_len: shorter spans are dropped.
-            max_count: spans that occur more often are dropped.
-            word_start: booleans (n,), whether a word starts at the token. Then spans start at words
-                and are shortened until a word starts behind them.
-            delimiters: token ids; spans end with the first one inside.
-
-        Example:
-            >>> from alignops.testing import span_index
-            >>> index = span_index([[1, 2, 1, 2], [2, 1]], vocab_size=4)
-            >>> [a.tolist() for a in index.maximal_spans([2, 1, 2, 3, 1, 2])]
-            [[0, 4], [3, 6], [1, 2]]
-        """
-        batch = self._one("maximal_spans", "x", x)
-        options = _filter("maximal_spans", min_len, max_count, word_start, delimiters)
-        return Spans(
-            *self._index.maximal_spans("maximal_spans", batch, self.max_match, *options)[:3]
-        )
-
-    def maximal_spans_batch(
-        self,
-        ids: Any,
-        offsets: Any,
-        min_len: int = 1,
-        max_count: int | None = None,
-        word_start: Any = None,
-        delimiters: Any = None,
+        op: str,
+        batch: library.SpanBatch,
+        min_len: int,
+        max_count: int | None,
+        word_start: npt.NDArray[np.bool_] | None,
+        delimiters: npt.NDArray[Any] | None,
     ) -> tuple[Spans, Ints]:
-        """`maximal_spans` of each row, places counted from its start, and the row of each span.
-
-        `word_start` has one entry per token of the batch.
-        """
-        op = "maximal_spans_batch"
-        batch = self._rows(op, ids, offsets)
-        options = _filter(op, min_len, max_count, word_start, delimiters)
-        *spans, row = self._index.maximal_spans(op, batch, self.max_match, *options)
+        *spans, row = self._index.maximal_spans(
+            op, batch, self.max_match, min_len, max_count, word_start, delimiters
+        )
         return Spans(*spans), row
 
-    def attribute(
-        self,
-        x: Any,
-        *,
-        share: float = 0.05,
-        documents: int = 10,
-        preset: Literal["paper"] | None = None,
-        min_len: int = 1,
-        max_count: int | None = None,
-        word_start: Any = None,
-        delimiters: Any = None,
-    ) -> list[Attribution]:
-        """The ceil(share n) maximal spans of x with the largest BCI, by place.
+    def _next_counts(self, context: library.SpanBatch, cand: library.SpanBatch) -> Ints:
+        return self._index.next_counts(context, cand)
 
-        BCI = -sum ln P over the tokens of the span, P the unigram distribution of the index: the
-        spans that are least likely by chance.
+    def _next_dist(self, context: library.SpanBatch) -> NextDist:
+        return NextDist(*self._index.next_dist(context), False)
 
-        Args:
-            x: tokens (n,).
-            share: kept spans per token.
-            documents: at most this many occurrences of each span, evenly spread over all, are
-                looked up; a span lists their documents.
-            preset: "paper" takes max_count=3 unless given.
-            min_len: see `maximal_spans`.
-            max_count: see `maximal_spans`.
-            word_start: see `maximal_spans`.
-            delimiters: see `maximal_spans`.
+    def _next_tokens(self, context: library.SpanBatch, numbers: Ints) -> Ints:
+        return self._index.next_tokens(context, numbers)
 
-        Example:
-            >>> from alignops.testing import span_index
-            >>> index = span_index([[1, 2, 1, 2], [2, 1]], vocab_size=4)
-            >>> (best,) = index.attribute([3, 2, 1, 2])
-            >>> best.start, best.end, round(best.score, 3), best.documents
-            (1, 4, 2.079, (0,))
-        """
-        if preset is not None and preset not in _PRESETS:
-            raise ValueError(f"attribute: preset must be paper or None, got {preset!r}")
-        if not 0 <= share < math.inf:
-            raise ValueError(f"attribute: share must not be negative, got {share}")
-        documents = as_int(documents, "attribute", "documents")
-        if documents < 0:
-            raise ValueError(f"attribute: documents must not be negative, got {documents}")
-        if max_count is None and preset is not None:
-            max_count = _PRESETS[preset]["max_count"]
-        tokens = as_tokens(x, "attribute", "x")
-        native = self._index
-        batch = self._one("attribute", "x", tokens)
-        options = _filter("attribute", min_len, max_count, word_start, delimiters)
-        start, end, count, _ = native.maximal_spans("attribute", batch, self.max_match, *options)
-        empty = native.encode("attribute", "x", tokens[:0])
-        occurrences = native.next_counts(empty, batch)
-        score = belief_conflict(start, end, occurrences, self.n_tokens)
-        kept = np.sort(np.lexsort((start, -score))[: math.ceil(share * len(tokens))])
-        spans = [tokens[start[i] : end[i]] for i in kept]
-        offsets = np.cumsum([0, *(len(s) for s in spans)], dtype=np.int64)
-        flat = np.concatenate([tokens[:0], *spans])
-        hits = native.locate(native.encode("attribute", "x", flat, offsets), documents)
-        held: list[set[int]] = [set() for _ in spans]
-        for row, document in zip(hits[4].tolist(), hits[2].tolist(), strict=True):
-            held[row].add(document)
-        return [
-            Attribution(
-                int(start[i]), int(end[i]), int(count[i]), float(score[i]), tuple(sorted(found))
-            )
-            for i, found in zip(kept, held, strict=True)
-        ]
-
-    top_docs = staticmethod(top_docs)
-
-    # Next tokens
-
-    def next_counts(self, ctx: Any, cand: Any) -> Ints:
-        """M(ctx + c) of each candidate token c, int64 (len(cand),).
-
-        Example:
-            >>> from alignops.testing import span_index
-            >>> index = span_index([[1, 2, 1, 2], [2, 1]], vocab_size=4)
-            >>> index.next_counts([1], [0, 1, 2]).tolist()
-            [0, 0, 2]
-        """
-        counts: Ints = self._index.next_counts(
-            self._one("next_counts", "ctx", ctx), self._one("next_counts", "cand", cand)
-        )
-        return counts
-
-    def next_dist(self, ctx: Any, max_support: int | None = None) -> NextDist:
-        """All tokens that follow ctx, with their counts.
-
-        Args:
-            ctx: tokens; after the empty context come all tokens of the corpus.
-            max_support: if ctx occurs more often, only this many of its occurrences, evenly spread
-                over their ranks, are counted, and the result says approx=True.
-
-        Example:
-            >>> from alignops.testing import span_index
-            >>> index = span_index([[1, 2, 1, 2], [2, 1]], vocab_size=4)
-            >>> [a.tolist() for a in index.next_dist([2])[:2]]
-            [[1], [2]]
-        """
-        if max_support is not None:
-            max_support = as_int(max_support, "next_dist", "max_support")
-        return NextDist(*self._index.next_dist(self._one("next_dist", "ctx", ctx), max_support))
-
-    def eos_count(self, ctx: Any) -> int:
-        """How often ctx ends a document: M(ctx) minus the counts of all next tokens."""
-        return int(self._index.eos_count(self._one("eos_count", "ctx", ctx)))
-
-    def _next(self, op: str, ctx: Any, t: int) -> tuple[int, int]:
-        """M(ctx) and M(ctx t)."""
-        context = self._one(op, "ctx", ctx)
-        after = self._index.next_counts(context, self._one(op, "t", [as_int(t, op, "t")]))
-        return int(self._index.count(context)[0]), int(after[0])
-
-    def ngram_prob(self, ctx: Any, t: int) -> float:
-        """M(ctx t) / M(ctx); NaN where ctx does not occur.
-
-        Example:
-            >>> from alignops.testing import span_index
-            >>> span_index([[1, 2, 1, 2], [2, 1]], vocab_size=4).ngram_prob([2], 1)
-            0.6666666666666666
-        """
-        whole, part = self._next("ngram_prob", ctx, t)
-        return part / whole if whole else math.nan
-
-    def infgram_prob(self, ctx: Any, t: int) -> InfGram:
-        """P(t | u) = M(u t) / M(u), u the longest suffix of ctx that occurs.
-
-        Example:
-            >>> from alignops.testing import span_index
-            >>> span_index([[1, 2, 1, 2], [2, 1]], vocab_size=4).infgram_prob([3, 3, 1, 2], 1)
-            InfGram(prob=0.5, length=2, context_count=2, count=1)
-        """
-        ctx = as_tokens(ctx, "infgram_prob", "ctx")
-        batch = self._one("infgram_prob", "ctx", ctx)
-        length = int(self._index.longest_suffix(batch, self.max_match)[0])
-        whole, part = self._next("infgram_prob", ctx[len(ctx) - length :], t)
-        return InfGram(part / whole if whole else math.nan, length, whole, part)
+    def _eos_count(self, context: library.SpanBatch) -> int:
+        return self._index.eos_count(context)
 
 
 def _reopen(path: str, uuid: str, mode: Any, verify: Any) -> SpanIndex:
@@ -544,14 +262,3 @@ def _reopen(path: str, uuid: str, mode: Any, verify: Any) -> SpanIndex:
             "it was replaced"
         )
     return index
-
-
-def _filter(
-    op: str, min_len: int, max_count: int | None, word_start: Any, delimiters: Any
-) -> tuple[Any, ...]:
-    """Arguments of the native maximal_spans."""
-    min_len = as_int(min_len, op, "min_len")
-    max_count = None if max_count is None else as_int(max_count, op, "max_count")
-    mask = None if word_start is None else as_mask(word_start, op, "word_start")
-    stops = None if delimiters is None else as_tokens(delimiters, op, "delimiters")
-    return min_len, max_count, mask, stops

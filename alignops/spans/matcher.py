@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alignops._native import library
-from alignops.spans.arrays import as_floats, as_ids
-from alignops.spans.errors import TokenizerMismatchError
+from alignops.spans.arrays import as_floats, as_ids, check_same_tokenizer
 from alignops.spans.scores import FLOOR, surprisal_table
 
 if TYPE_CHECKING:
@@ -121,7 +120,7 @@ class SpanMatcher:
     ) -> None:
         rule = MatchRule() if rule is None else rule
         if allow is not None:
-            _check_same_tokens(index, allow)
+            check_same_tokenizer("SpanMatcher", "index", index, "allow", allow)
         self.rule = rule
         self.vocab_size = index.vocab_size
         surprisal = (
@@ -185,12 +184,7 @@ class SpanMatcher:
         Raises:
             IndexError, ValueError, IndexCorruptError: as `advance`.
         """
-        op = "SpanMatcher.extend_prompt"
-        parts = [as_ids(tokens, op, "tokens")] * self.batch if _is_flat(tokens) else None
-        if parts is None:
-            parts = [as_ids(row, op, f"tokens[{b}]") for b, row in enumerate(tokens)]
-            if len(parts) != self.batch:
-                raise ValueError(f"{op}: tokens must have {self.batch} rows, got {len(parts)}")
+        parts = as_prompts(tokens, self.batch, "SpanMatcher.extend_prompt")
         offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
         self._native.extend(np.concatenate([np.empty(0, np.int64), *parts]), offsets)
 
@@ -261,22 +255,18 @@ class SpanMatcher:
         self._native.restore(*(state[name] for name in names))
 
 
+def as_prompts(tokens: Any, batch: int, op: str) -> list[Ints]:
+    """What `extend_prompt` appends to each row: (n,) ids for all of them, or one sequence each."""
+    if _is_flat(tokens):
+        return [as_ids(tokens, op, "tokens")] * batch
+    parts = [as_ids(row, op, f"tokens[{b}]") for b, row in enumerate(tokens)]
+    if len(parts) != batch:
+        raise ValueError(f"{op}: tokens must have {batch} rows, got {len(parts)}")
+    return parts
+
+
 def _is_flat(tokens: Any) -> bool:
     if hasattr(tokens, "ndim"):
         return bool(tokens.ndim == 1)
     first = next(iter(tokens), None) if isinstance(tokens, Iterable) else None
     return first is None or np.ndim(first) == 0
-
-
-def _check_same_tokens(index: Any, allow: Any) -> None:
-    if index.vocab_size != allow.vocab_size:
-        raise TokenizerMismatchError(
-            f"SpanMatcher: vocab_size of allow must be {index.vocab_size}, as in index, got "
-            f"{allow.vocab_size}"
-        )
-    prints = index.fingerprint, allow.fingerprint
-    if None not in prints and prints[0] != prints[1]:
-        raise TokenizerMismatchError(
-            f"SpanMatcher: fingerprint of allow must be {prints[0]!r}, as in index, got "
-            f"{prints[1]!r}"
-        )

@@ -55,7 +55,13 @@ class IndexTensors(NamedTuple):
 
         Raises:
             IndexCorruptError: a file is damaged.
+            ValueError: documents were removed from the index, which tensors would count.
         """
+        if len(index.removed):
+            raise ValueError(
+                f"IndexTensors.load: index must be without removed documents, got "
+                f"{len(index.removed)}: build it anew"
+            )
         index.verify("full")
         text, suf = index._store.arrays(shard)
         counts = np.bincount(text, minlength=index.vocab_size)[: index.vocab_size]

@@ -39,7 +39,7 @@ class Spans(NamedTuple):
 
 
 class NextDist(NamedTuple):
-    """Tokens that follow a context, ascending, with counts; `approx`: those of an even sample."""
+    """Tokens that follow a context, ascending, with counts; `approx`: estimated from a sample."""
 
     ids: Ints
     counts: Ints

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from alignops.spans import scores
-from alignops.spans.arrays import Floats, Ints, as_ids, as_ragged
+from alignops.spans.arrays import Floats, Ints, as_ids, as_ragged, check_same_tokenizer
+from alignops.spans.backends import LocalBackend
 from alignops.spans.bounds import tau_null
 from alignops.spans.distributed import DistributedIndex
 from alignops.spans.distributed_matcher import DistributedMatcher
@@ -30,6 +31,7 @@ from alignops.spans.ends import (
     visible,
 )
 from alignops.spans.errors import TokenizerMismatchError
+from alignops.spans.index import SpanIndex
 from alignops.spans.matcher import MatchRule, SpanMatcher
 from alignops.spans.stream import ShieldMatcher, ShieldStream
 
@@ -189,10 +191,10 @@ class TraceShield:
         named = given if isinstance(given, Mapping) else {"unsafe": (given, 1.0)}
         if not named:
             raise ValueError("TraceShield: index_or_categories must name a category, got none")
-        first = next(iter(named.values()))[0]
+        first_name, (first, _) = next(iter(named.items()))
         for name, index in [*((n, i) for n, (i, _) in named.items()), ("allow", self.allow)]:
             if index is not None:
-                _check_same_tokens(name, index, first)
+                check_same_tokenizer("TraceShield", repr(first_name), first, repr(name), index)
         result = []
         for name, (index, severity) in named.items():
             if not (severity > 0 and math.isfinite(severity)):
@@ -467,6 +469,8 @@ class TraceShield:
 
 
 def _follow(index: Any, allow: Any, **options: Any) -> SpanMatcher | DistributedMatcher:
+    if isinstance(allow, DistributedIndex) and isinstance(index, SpanIndex):
+        index = DistributedIndex([LocalBackend([index])])
     if isinstance(index, DistributedIndex):
         return index.matcher(allow, **options)
     return SpanMatcher(index, allow, **options)
@@ -477,21 +481,6 @@ def _choose(argument: str, value: Any, choices: tuple[str, ...], note: str = "")
         raise ValueError(
             f"TraceShield: {argument} must be one of {', '.join(choices)}"
             f"{', ' * bool(note)}{note}, got {value!r}"
-        )
-
-
-def _check_same_tokens(name: str, index: Any, first: Any) -> None:
-    """TokenizerMismatchError unless two indexes hold the same kind of tokens."""
-    if index.vocab_size != first.vocab_size:
-        raise TokenizerMismatchError(
-            f"TraceShield: vocab_size of the index {name!r} must be {first.vocab_size}, as in the "
-            f"others, got {index.vocab_size}"
-        )
-    prints = index.fingerprint, first.fingerprint
-    if None not in prints and prints[0] != prints[1]:
-        raise TokenizerMismatchError(
-            f"TraceShield: fingerprint of the index {name!r} must be {prints[1]!r}, as in the "
-            f"others, got {prints[0]!r}"
         )
 
 

@@ -27,6 +27,8 @@ __all__ = ["MANIFEST", "Manifest", "open_store", "read_manifest", "write_manifes
 MANIFEST = "index.json"
 #: In the name of the folder of an unfinished build: "<out>.building-<uuid>".
 BUILDING = ".building-"
+#: Kind of the files that list removed documents.
+REMOVED = "del"
 FORMAT = "alignops-spans"
 VERSION = (1, 0)
 # An index may be replaced while it is being opened; each further attempt needs another replacement.
@@ -86,8 +88,8 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
             {
                 **shard,
                 "files": {
-                    name: {"name": f"{name}.{s}", "bytes": size, "table_crc32c": crc}
-                    for name, (size, crc) in shard["files"].items()
+                    kind: {"name": file_name(kind, s, crc), "bytes": size, "table_crc32c": crc}
+                    for kind, (size, crc) in shard["files"].items()
                 },
             }
             for s, shard in enumerate(manifest.shards)
@@ -100,6 +102,11 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
         os.fsync(file.fileno())
     temporary.replace(folder / MANIFEST)
     library.spans_sync_folder(str(folder))
+
+
+def file_name(kind: str, shard: int, crc: int) -> str:
+    """Name of a file of a shard; lists of removed documents have one by their checksum."""
+    return library.spans_removal_name(shard, crc) if kind == REMOVED else f"{kind}.{shard}"
 
 
 def read_manifest(data: bytes, path: Path) -> Manifest:
@@ -155,8 +162,8 @@ def open_store(
 ) -> tuple[_native.library.SpanStore, Manifest]:
     """Open the folder of an index; see `SpanIndex.open` for arguments and errors.
 
-    A folder that is replaced meanwhile is opened as it was before or as it is after, never as a
-    mixture.
+    A folder that is replaced meanwhile, or from which documents are removed, is opened as it was
+    before or as it is after, never as a mixture.
     """
     path = Path(path)
     for attempt in range(1, _ATTEMPTS + 1):
@@ -164,12 +171,13 @@ def open_store(
             folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except NotADirectoryError:
             raise NotAnIndexError(f"{path}: not an index, which is a folder") from None
+        read: Manifest | None = None
         try:
-            manifest = _manifest_of(folder, path)
+            manifest = read = manifest_of(folder, path)
             store = _store_of(folder, path, manifest, mode, verify)
             break
         except OSError:
-            if attempt == _ATTEMPTS or not _replaced(folder, path):
+            if attempt == _ATTEMPTS or not _changed(folder, path, read):
                 raise
         finally:
             os.close(folder)
@@ -177,7 +185,8 @@ def open_store(
     return store, manifest
 
 
-def _manifest_of(folder: int, path: Path) -> Manifest:
+def manifest_of(folder: int, path: Path) -> Manifest:
+    """The manifest in an opened folder, whose path is for messages."""
     if BUILDING in path.name:
         raise IndexIncompleteError(f"{path}: the folder of a build that has not finished")
     try:
@@ -207,13 +216,15 @@ def _store_of(
     )
 
 
-def _replaced(folder: int, path: Path) -> bool:
-    """Whether the path now means another folder than the one opened."""
+def _changed(folder: int, path: Path, manifest: Manifest | None) -> bool:
+    """Whether the path now means another folder than the one opened, or that another manifest."""
     try:
         now, then = path.stat(), os.fstat(folder)
     except FileNotFoundError:
         return True
-    return (now.st_dev, now.st_ino) != (then.st_dev, then.st_ino)
+    if (now.st_dev, now.st_ino) != (then.st_dev, then.st_ino):
+        return True
+    return manifest is not None and manifest != manifest_of(folder, path)
 
 
 def _check_fingerprint(manifest: Manifest, fingerprint: str | None, path: Path) -> None:

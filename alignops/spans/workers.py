@@ -45,13 +45,28 @@ class RemoteBackend(ShardBackend):
         answer: tuple[Ints, Ints | None] = self._call("matching_stats", ids, offsets, counts)
         return answer
 
-    def locate(self, q: Ints, occurrences: Ints) -> Hits:
-        answer: Hits = self._call("locate", q, occurrences)
+    def locate(self, ids: Ints, offsets: Ints, rows: Ints, numbers: Ints) -> Hits:
+        answer: Hits = self._call("locate", ids, offsets, rows, numbers)
+        return answer
+
+    def hits(self, shard: int, ranks: Ints) -> Hits:
+        answer: Hits = self._call("hits", shard, ranks)
         return answer
 
     def next_dist(self, ctx: Ints) -> NextDist:
         answer: NextDist = self._call("next_dist", ctx)
         return answer
+
+    def next_tokens(self, ctx: Ints, numbers: Ints) -> Ints:
+        answer: Ints = self._call("next_tokens", ctx, numbers)
+        return answer
+
+    def eos_count(self, ctx: Ints) -> int:
+        answer: int = self._call("eos_count", ctx)
+        return answer
+
+    def verify(self, level: str) -> None:
+        self._call("verify", level)
 
     def document(self, d: int) -> Document:
         answer: Document = self._call("document", d)

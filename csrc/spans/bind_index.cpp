@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "../common/check.h"
 #include "../common/torch_parallel.h"
 #include "bind.h"
 #include "index.h"
@@ -25,7 +26,7 @@ std::span<const Id> view(const py::array& array) {
   return {static_cast<const Id*>(array.data()), static_cast<size_t>(array.size())};
 }
 
-// alignops/spans/checks.py makes the arrays: contiguous, of one of these dtypes.
+// alignops/spans/arrays.py makes the arrays: contiguous, of one of these dtypes.
 Ids ids_of(const py::array& array) {
   const auto is = [&](const char* name) { return array.dtype().equal(py::dtype(name)); };
   if (is("uint8")) return view<uint8_t>(array);
@@ -90,24 +91,36 @@ py::tuple maximal_spans(const Index& self, const std::string& op, const Batch& b
                         array_of(std::move(spans.count)), array_of(std::move(spans.row)));
 }
 
-py::tuple locate(const Index& self, const Batch& batch, int64_t limit) {
-  Hits hits = without_gil([&] { return self.locate(batch, limit); });
+py::tuple tuple_of(Hits hits) {
   return py::make_tuple(array_of(std::move(hits.shard)), array_of(std::move(hits.position)),
                         array_of(std::move(hits.document)), array_of(std::move(hits.offset)),
                         array_of(std::move(hits.row)));
 }
 
+std::span<const int64_t> view(const Longs& array) {
+  return {array.data(), static_cast<size_t>(array.size())};
+}
+
+py::tuple locate(const Index& self, const Batch& batch, int64_t limit) {
+  return tuple_of(without_gil([&] { return self.locate(batch, limit); }));
+}
+
+py::tuple occurrences(const Index& self, const Batch& batch, const Longs& rows,
+                      const Longs& numbers) {
+  ALIGNOPS_CHECK(rows.size() == numbers.size(), "SpanIndex: rows and numbers must have one size, ",
+                 "got ", rows.size(), " and ", numbers.size());
+  return tuple_of(without_gil([&] { return self.occurrences(batch, view(rows), view(numbers)); }));
+}
+
 py::tuple hits(const Index& self, int64_t shard, const Longs& ranks) {
-  const std::span<const int64_t> from(ranks.data(), static_cast<size_t>(ranks.size()));
-  Hits hits = without_gil([&] { return self.hits(shard, from); });
+  Hits hits = without_gil([&] { return self.hits(shard, view(ranks)); });
   return py::make_tuple(array_of(std::move(hits.shard)), array_of(std::move(hits.position)),
                         array_of(std::move(hits.document)), array_of(std::move(hits.offset)));
 }
 
-py::tuple next_dist(const Index& self, const Batch& context, std::optional<int64_t> max_support) {
-  Next next = without_gil([&] { return self.next_dist(context, max_support); });
-  return py::make_tuple(array_of(std::move(next.ids)), array_of(std::move(next.counts)),
-                        next.approx);
+py::tuple next_dist(const Index& self, const Batch& context) {
+  Next next = without_gil([&] { return self.next_dist(context); });
+  return py::make_tuple(array_of(std::move(next.ids)), array_of(std::move(next.counts)));
 }
 
 }  // namespace
@@ -139,6 +152,8 @@ void bind_spans_index(py::module_& m) {
           py::arg("batch"), "Ranks [lo, hi) of each row in each shard, (rows, shards, 2).")
       .def("locate", &locate, py::arg("batch"), py::arg("limit"),
            "Shard, position, document, offset and row of some occurrences of each row.")
+      .def("occurrences", &occurrences, py::arg("batch"), py::arg("rows"), py::arg("numbers"),
+           "The same of these occurrences of rows, numbered in the order of the ranks.")
       .def("hits", &hits, py::arg("shard"), py::arg("ranks"),
            "Shard, position, document and offset of the suffixes at some ranks.")
       .def("match", &match, py::arg("batch"), py::arg("max_match"), py::arg("counts"),
@@ -167,8 +182,16 @@ void bind_spans_index(py::module_& m) {
                           [&](int64_t* out) { self.next_counts(context, candidates, out); });
           },
           py::arg("context"), py::arg("candidates"), "Occurrences of context + each candidate.")
-      .def("next_dist", &next_dist, py::arg("context"), py::arg("max_support"),
-           "Tokens that follow the context, their counts, and whether these are of a sample.")
+      .def("next_dist", &next_dist, py::arg("context"),
+           "Tokens that follow the context, and their counts.")
+      .def(
+          "next_tokens",
+          [](const Index& self, const Batch& context, const Longs& numbers) {
+            return filled({numbers.size()},
+                          [&](int64_t* out) { self.next_tokens(context, view(numbers), out); });
+          },
+          py::arg("context"), py::arg("numbers"),
+          "The token that follows each of these occurrences, -1 at the end of a document.")
       .def(
           "eos_count",
           [](const Index& self, const Batch& context) {

@@ -98,15 +98,18 @@ class Guarded {
 };
 
 // Of the tokens that occur; SpanMatcher needs a surprisal for each token of the vocabulary.
-double most_surprising(const Store& store, const std::vector<double>& surprisal) {
+std::shared_ptr<const RangeMax> occurring(const Store& store,
+                                          const std::vector<double>& surprisal) {
   ALIGNOPS_CHECK(surprisal.size() == store.info().vocab_size, "SpanMatcher: surprisal must have ",
                  store.info().vocab_size, " elements (vocab_size), got ", surprisal.size());
+  std::vector<double> values(surprisal.size());
   const auto ids = store.ids();
   const auto counts = store.counts();
-  double most = 0;
-  for (size_t i = 0; i < counts.size(); ++i)
-    if (counts[i] > 0) most = std::max(most, surprisal[ids.empty() ? i : ids[i]]);
-  return most;
+  for (size_t i = 0; i < counts.size(); ++i) {
+    const size_t token = ids.empty() ? i : ids[i];
+    if (counts[i] > 0) values[token] = surprisal[token];
+  }
+  return std::make_shared<const RangeMax>(values);
 }
 
 std::unique_ptr<Guarded> make(const std::shared_ptr<Store>& store,
@@ -128,7 +131,7 @@ std::unique_ptr<Guarded> make(const std::shared_ptr<Store>& store,
   check_surprisal(*owned, "SpanMatcher");
   rule.surprisal = *owned;
   rule.owner = owned;
-  rule.most_surprising = most_surprising(*store, *owned);
+  rule.occurring = occurring(*store, *owned);
   return std::make_unique<Guarded>(Matcher(source_of(store),
                                            allow ? std::optional(source_of(*allow)) : std::nullopt,
                                            std::move(rule), batch, max_match));

@@ -200,6 +200,8 @@ void bind_writer(py::module_& m) {
       },
       py::arg("path"), py::arg("uuid"), py::arg("shard"), py::arg("shards"),
       "Give a finished file another UUID, shard and number of shards.");
+  m.def("spans_removal_name", &removal_name, py::arg("shard"), py::arg("table_crc32c"),
+        "Name of the list of removed documents of a shard.");
   m.def("spans_sync_folder", &sync_directory, py::arg("path"),
         py::call_guard<py::gil_scoped_release>(), "Make names in a folder durable.");
   m.def("spans_exchange", &exchange_paths, py::arg("a"), py::arg("b"),
@@ -296,6 +298,26 @@ void bind_reader(py::module_& m) {
       .def_property_readonly("tokens", &Store::tokens)
       .def_property_readonly("documents", &Store::documents)
       .def_property_readonly("shards", &Store::num_shards)
+      .def_property_readonly(
+          "removed",
+          [](const Store& store) {
+            return copy<int64_t>(store.removed().data(), store.removed().size());
+          },
+          "Numbers of the removed documents, ascending, int64.")
+      .def(
+          "write_removal",
+          [](const Store& store, int32_t shard,
+             const py::array_t<uint64_t, py::array::c_style>& documents,
+             const std::string& folder) {
+            const std::span<const uint64_t> numbers(documents.data(),
+                                                    static_cast<size_t>(documents.size()));
+            const py::gil_scoped_release release;
+            const FileSummary written = store.write_removal(shard, numbers, folder);
+            return std::pair(written.bytes, written.table_crc);
+          },
+          py::arg("shard"), py::arg("documents"), py::arg("folder"),
+          "Write the list of all removed documents of a shard, counted within it, ascending; bytes "
+          "and checksum for the manifest.")
       .def("check_sizes", &Store::check_sizes, "IndexCorruptError if a file shrank or grew.")
       .def(
           "counts",

@@ -23,15 +23,16 @@ enum Kind : int32_t {
   kBoff = 6,  // optional: a byte offset per token
   kSuf = 7,   // sorted suffixes
   kDir = 8,   // optional: first tokens of every 256th suffix
+  kDel = 9,   // optional, written later: removed documents and the ranks of their suffixes
 };
-inline constexpr int32_t kNumKinds = 9;
+inline constexpr int32_t kNumKinds = 10;
 // Shard s has the files <name>.<s>; the codes stand in headers.
 inline constexpr const char* kNames[kNumKinds] = {"tok",  "doc",  "uni", "lab", "meta",
-                                                  "moff", "boff", "suf", "dir"};
+                                                  "moff", "boff", "suf", "dir", "del"};
 inline constexpr std::array<char, 4> kCodes[kNumKinds] = {
-    {'T', 'O', 'K', ' '}, {'D', 'O', 'C', ' '}, {'U', 'N', 'I', ' '},
-    {'L', 'A', 'B', ' '}, {'M', 'E', 'T', 'A'}, {'M', 'O', 'F', 'F'},
-    {'B', 'O', 'F', 'F'}, {'S', 'U', 'F', ' '}, {'D', 'I', 'R', ' '}};
+    {'T', 'O', 'K', ' '}, {'D', 'O', 'C', ' '}, {'U', 'N', 'I', ' '}, {'L', 'A', 'B', ' '},
+    {'M', 'E', 'T', 'A'}, {'M', 'O', 'F', 'F'}, {'B', 'O', 'F', 'F'}, {'S', 'U', 'F', ' '},
+    {'D', 'I', 'R', ' '}, {'D', 'E', 'L', ' '}};
 
 // Flags in headers. kSparse, of kUni: pairs (token, occurrences), for vocabularies above
 // kDenseVocab. kContinued, of kDoc: the first document is the rest of the last one of the shard
@@ -57,6 +58,15 @@ struct IndexInfo {
 
 inline std::string file_name(int32_t kind, uint32_t shard) {
   return std::string(kNames[kind]) + "." + std::to_string(shard);
+}
+
+// What was removed changes while the other files stay: each list has a name of its own, with its
+// table checksum, so that an index that is being opened finds the list that its manifest means.
+inline std::string removal_name(uint32_t shard, uint32_t table_crc) {
+  constexpr const char* kDigits = "0123456789abcdef";
+  std::string name = file_name(kDel, shard) + ".";
+  for (int shift = 28; shift >= 0; shift -= 4) name += kDigits[table_crc >> shift & 15];
+  return name;
 }
 
 }  // namespace alignops::spans

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "../common/check.h"
+#include "removed.h"
 
 namespace alignops::spans {
 namespace {
@@ -107,7 +108,8 @@ std::vector<int64_t> Index::count_rows(const Kernels& kernels, const Batch& batc
   for (int32_t s = 0; s < store_->num_shards(); ++s) {
     const Intervals found = find_rows(kernels, s, batch.tokens.data(), begin.data(), end.data(),
                                       static_cast<int64_t>(begin.size()));
-    for (size_t i = 0; i < counts.size(); ++i) counts[i] += found.hi[i] - found.lo[i];
+    for (size_t i = 0; i < counts.size(); ++i)
+      counts[i] += live(store_->shard(s), found.lo[i], found.hi[i]);
   }
   return counts;
 }
@@ -119,8 +121,8 @@ void Index::find(const Batch& batch, int64_t* intervals) const {
     const Intervals found = find_rows(kernels, s, batch.tokens.data(), batch.offsets.data(),
                                       batch.offsets.data() + 1, batch.rows());
     for (int64_t i = 0; i < batch.rows(); ++i) {
-      intervals[2 * (i * shards + s)] = found.lo[index(i)];
-      intervals[2 * (i * shards + s) + 1] = found.hi[index(i)];
+      intervals[2 * (i * shards + s)] = live_rank(store_->shard(s), found.lo[index(i)]);
+      intervals[2 * (i * shards + s) + 1] = live_rank(store_->shard(s), found.hi[index(i)]);
     }
   }
 }
@@ -131,41 +133,65 @@ void Index::count(const Batch& batch, int64_t* counts) const {
   for (int32_t s = 0; s < store_->num_shards(); ++s) {
     const Intervals found = find_rows(kernels, s, batch.tokens.data(), batch.offsets.data(),
                                       batch.offsets.data() + 1, batch.rows());
-    for (int64_t i = 0; i < batch.rows(); ++i) counts[i] += found.hi[index(i)] - found.lo[index(i)];
+    for (int64_t i = 0; i < batch.rows(); ++i)
+      counts[i] += live(store_->shard(s), found.lo[index(i)], found.hi[index(i)]);
   }
 }
 
 Hits Index::locate(const Batch& batch, int64_t limit) const {
   ALIGNOPS_CHECK(limit >= 0, "locate: limit must not be negative, got ", limit);
-  const Kernels& kernels = begin_batch();
-  const int64_t rows = batch.rows(), shards = num_shards();
-  std::vector<int64_t> intervals(index(rows * shards * 2));
-  find(batch, intervals.data());
-  Hits hits;
-  std::vector<std::vector<int64_t>> ranks(index(shards)), slots(index(shards));
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t* interval = &intervals[index(2 * row * shards)];
-    int64_t total = 0;
-    for (int64_t s = 0; s < shards; ++s) total += interval[2 * s + 1] - interval[2 * s];
-    const int64_t kept = std::min(total, limit);
+  std::vector<int64_t> totals(index(batch.rows())), rows, numbers;
+  count(batch, totals.data());
+  for (int64_t row = 0; row < batch.rows(); ++row) {
+    const int64_t total = totals[index(row)], kept = std::min(total, limit);
     for (int64_t i = 0; i < kept; ++i) {
-      int64_t rank = spread(i, kept, total), s = 0;
-      while (rank >= interval[2 * s + 1] - interval[2 * s]) {
-        rank -= interval[2 * s + 1] - interval[2 * s];
-        ++s;
-      }
-      ranks[index(s)].push_back(interval[2 * s] + rank);
-      slots[index(s)].push_back(static_cast<int64_t>(hits.row.size()));
-      hits.row.push_back(row);
-      hits.shard.push_back(s);
+      rows.push_back(row);
+      numbers.push_back(spread(i, kept, total));
     }
   }
-  for (auto* values : {&hits.position, &hits.document, &hits.offset})
-    values->resize(hits.row.size());
-  for (int32_t s = 0; s < shards; ++s) {
-    const Hits part = hits_at(kernels, s, ranks[index(s)]);
-    for (size_t i = 0; i < part.position.size(); ++i) {
-      const size_t at = index(slots[index(s)][i]);
+  return occurrences(batch, rows, numbers);
+}
+
+// By shard: the ranks of these occurrences.
+std::vector<Index::Picked> Index::pick(const Batch& batch, std::span<const int64_t> rows,
+                                       std::span<const int64_t> numbers) const {
+  const int64_t shards = num_shards();
+  std::vector<int64_t> intervals(index(batch.rows() * shards * 2));
+  find(batch, intervals.data());
+  std::vector<Picked> picked(index(shards));
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    if (rows[i] < 0 || rows[i] >= batch.rows())
+      throw std::out_of_range(
+          message("locate: rows must lie in [0, ", batch.rows(), "), got ", rows[i]));
+    const int64_t* interval = &intervals[index(2 * rows[i] * shards)];
+    int64_t rest = numbers[i], s = 0;
+    while (s < shards && rest >= interval[2 * s + 1] - interval[2 * s]) {
+      rest -= interval[2 * s + 1] - interval[2 * s];
+      ++s;
+    }
+    if (numbers[i] < 0 || s == shards)
+      throw std::out_of_range(message("locate: row ", rows[i], " has no occurrence ", numbers[i]));
+    picked[index(s)].rank.push_back(
+        rank_of_live(store_->shard(static_cast<int32_t>(s)), interval[2 * s] + rest));
+    picked[index(s)].place.push_back(static_cast<int64_t>(i));
+  }
+  return picked;
+}
+
+Hits Index::occurrences(const Batch& batch, std::span<const int64_t> rows,
+                        std::span<const int64_t> numbers) const {
+  const Kernels& kernels = begin_batch();
+  const std::vector<Picked> picked = pick(batch, rows, numbers);
+  Hits hits;
+  hits.row.assign(rows.begin(), rows.end());
+  for (auto* values : {&hits.shard, &hits.position, &hits.document, &hits.offset})
+    values->resize(rows.size());
+  for (int32_t s = 0; s < store_->num_shards(); ++s) {
+    const Picked& here = picked[index(s)];
+    const Hits part = hits_at(kernels, s, here.rank);
+    for (size_t i = 0; i < here.place.size(); ++i) {
+      const size_t at = index(here.place[i]);
+      hits.shard[at] = s;
       hits.position[at] = part.position[i];
       hits.document[at] = part.document[i];
       hits.offset[at] = part.offset[i];
@@ -179,15 +205,19 @@ Hits Index::hits(int64_t s, std::span<const int64_t> ranks) const {
     throw std::out_of_range(message("hits: shard must lie in [0, ", num_shards(), "), got ", s));
   const Kernels& kernels = begin_batch();
   const auto shard = static_cast<int32_t>(s);
-  const auto size = static_cast<int64_t>(store_->shard(shard).suf_size);
-  for (const int64_t rank : ranks)
-    if (rank < 0 || rank >= size)
-      throw std::out_of_range(
-          message("hits: ranks of shard ", s, " must lie in [0, ", size, "), got ", rank));
-  return hits_at(kernels, shard, ranks);
+  const Shard& view = store_->shard(shard);
+  std::vector<int64_t> places;
+  places.reserve(ranks.size());
+  for (const int64_t rank : ranks) {
+    if (rank < 0 || rank >= live_size(view))
+      throw std::out_of_range(message("hits: ranks of shard ", s, " must lie in [0, ",
+                                      live_size(view), "), got ", rank));
+    places.push_back(rank_of_live(view, rank));
+  }
+  return hits_at(kernels, shard, places);
 }
 
-// Of ranks that exist; without rows.
+// Of ranks, not live ones, that exist; without rows.
 Hits Index::hits_at(const Kernels& kernels, int32_t s, std::span<const int64_t> ranks) const {
   Hits hits;
   hits.shard.assign(ranks.size(), s);
@@ -210,24 +240,69 @@ void Index::longest(const Batch& batch, const std::vector<int64_t>& begin,
   const auto items = static_cast<int64_t>(begin.size());
   std::fill_n(lengths, items, 0);
   if (counts != nullptr) std::fill_n(counts, items, 0);
-  std::vector<int64_t> length(begin.size()), lo, hi;
-  if (counts != nullptr) {
-    lo.resize(begin.size());
-    hi.resize(begin.size());
-  }
-  const MatchArgs args{{batch.tokens.data(), begin.data(), end.data()},
-                       length.data(),
-                       counts != nullptr ? lo.data() : nullptr,
-                       counts != nullptr ? hi.data() : nullptr};
+  std::vector<int64_t> length(begin.size());
   for (int32_t s = 0; s < store_->num_shards(); ++s) {
+    const bool removed = store_->shard(s).removed_size > 0;
+    Intervals found;
+    if (counts != nullptr || removed) {
+      found.lo.resize(begin.size());
+      found.hi.resize(begin.size());
+    }
+    const MatchArgs args{{batch.tokens.data(), begin.data(), end.data()},
+                         length.data(),
+                         found.lo.empty() ? nullptr : found.lo.data(),
+                         found.hi.empty() ? nullptr : found.hi.data()};
     search(s, items, [&](const Shard& shard, int64_t b, int64_t e) {
       return kernels.match(shard, args, b, e);
     });
+    if (removed) shorten(kernels, s, batch, begin, length, found);
     for (int64_t i = 0; i < items; ++i) {
       const size_t k = index(i);
       if (counts != nullptr && length[k] >= lengths[i])
-        counts[i] = hi[k] - lo[k] + (length[k] == lengths[i] ? counts[i] : 0);
+        counts[i] = live(store_->shard(s), found.lo[k], found.hi[k]) +
+                    (length[k] == lengths[i] ? counts[i] : 0);
       lengths[i] = std::max(lengths[i], length[k]);
+    }
+  }
+}
+
+// Longest matches of which only removed documents have an occurrence become the longest ones that
+// others have. A prefix occurs there if a longer one does, so a search over lengths finds it.
+void Index::shorten(const Kernels& kernels, int32_t s, const Batch& batch,
+                    const std::vector<int64_t>& begin, std::vector<int64_t>& length,
+                    Intervals& found) const {
+  const Shard& shard = store_->shard(s);
+  struct Item {
+    size_t place;
+    int64_t absent;  // longer ones than length[place], from which on nothing remains
+  };
+  std::vector<Item> items;
+  for (size_t k = 0; k < length.size(); ++k) {
+    if (length[k] == 0 || live(shard, found.lo[k], found.hi[k]) > 0) continue;
+    items.push_back({k, length[k]});
+    length[k] = 0;
+    found.lo[k] = 0;
+    found.hi[k] = static_cast<int64_t>(shard.suf_size);
+  }
+  while (true) {
+    std::erase_if(items, [&](const Item& item) { return item.absent == length[item.place] + 1; });
+    if (items.empty()) return;
+    std::vector<int64_t> from, to;
+    for (const Item& item : items) {
+      from.push_back(begin[item.place]);
+      to.push_back(begin[item.place] + (length[item.place] + item.absent) / 2);
+    }
+    const Intervals tried = find_rows(kernels, s, batch.tokens.data(), from.data(), to.data(),
+                                      static_cast<int64_t>(items.size()));
+    for (size_t i = 0; i < items.size(); ++i) {
+      const size_t k = items[i].place;
+      if (live(shard, tried.lo[i], tried.hi[i]) > 0) {
+        length[k] = to[i] - from[i];
+        found.lo[k] = tried.lo[i];
+        found.hi[k] = tried.hi[i];
+      } else {
+        items[i].absent = to[i] - from[i];
+      }
     }
   }
 }

@@ -1,5 +1,6 @@
 // Queries over all shards of an index. Counts add up over the shards, longest matches take the
 // longest, so no answer depends on how the documents were spread; nor on the number of threads.
+// Answers are those of the documents that were not removed, and ranks are live ones (removed.h).
 //
 // All methods are const and safe to call from any thread. They throw std::out_of_range for ids
 // outside the vocabulary, std::invalid_argument for other bad arguments, IndexCorruptError for
@@ -54,7 +55,6 @@ struct SpanList {
 
 struct Next {
   std::vector<int64_t> ids, counts;
-  bool approx = false;
 };
 
 class Index {
@@ -76,6 +76,10 @@ class Index {
   // min(M, limit) occurrences of each row, M its count over all shards: those at the ranks
   // floor((2 i + 1) M / (2 limit)) of the intervals of all shards, one after the other.
   Hits locate(const Batch& batch, int64_t limit) const;
+  // Occurrences of rows by number: occurrence i of a row is the i-th one in the intervals of all
+  // shards, one after the other. Throws std::out_of_range for what does not exist.
+  Hits occurrences(const Batch& batch, std::span<const int64_t> rows,
+                   std::span<const int64_t> numbers) const;
   // The suffixes at these ranks of a shard, without rows. Throws std::out_of_range for what does
   // not exist.
   Hits hits(int64_t shard, std::span<const int64_t> ranks) const;
@@ -95,15 +99,21 @@ class Index {
   // Of one context, the only row of the batch. (tokens of candidates): counts of context +
   // candidate.
   void next_counts(const Batch& context, const Batch& candidates, int64_t* counts) const;
-  // The tokens that follow it, ascending. With more than max_support occurrences an even sample of
-  // them is counted, and the counts are those of the sample.
-  Next next_dist(const Batch& context, std::optional<int64_t> max_support) const;
+  // The tokens that follow it, ascending.
+  Next next_dist(const Batch& context) const;
+  // (numbers) the token that follows each of these occurrences, -1 at the end of a document.
+  void next_tokens(const Batch& context, std::span<const int64_t> numbers, int64_t* tokens) const;
   // How often it ends a document.
   int64_t eos_count(const Batch& context) const;
 
  private:
+  // Ranks, those of removed documents among them.
   struct Intervals {
     std::vector<int64_t> lo, hi;
+  };
+  // Ranks of one shard and the places of the answers.
+  struct Picked {
+    std::vector<int64_t> rank, place;
   };
 
   const Kernels& begin_batch() const;
@@ -116,8 +126,13 @@ class Index {
   std::vector<int64_t> count_rows(const Kernels& kernels, const Batch& batch,
                                   const std::vector<int64_t>& begin,
                                   const std::vector<int64_t>& end) const;
+  std::vector<Picked> pick(const Batch& batch, std::span<const int64_t> rows,
+                           std::span<const int64_t> numbers) const;
   void longest(const Batch& batch, const std::vector<int64_t>& begin,
                const std::vector<int64_t>& end, int64_t* lengths, int64_t* counts) const;
+  void shorten(const Kernels& kernels, int32_t s, const Batch& batch,
+               const std::vector<int64_t>& begin, std::vector<int64_t>& length,
+               Intervals& found) const;
   std::vector<uint32_t> tokens_at(const Kernels& kernels, int32_t s,
                                   const std::vector<int64_t>& ranks, int64_t depth) const;
 

@@ -3,8 +3,8 @@
 #include <map>
 #include <utility>
 
-#include "../common/check.h"
 #include "index.h"
+#include "removed.h"
 
 namespace alignops::spans {
 namespace {
@@ -42,9 +42,11 @@ void Index::next_counts(const Batch& context, const Batch& candidates, int64_t* 
                                       context.offsets.data() + 1, 1);
     const int64_t lo = found.lo[0], hi = found.hi[0];
     if (lo == hi) continue;
+    const Shard& view = store_->shard(s);
     if (hi - lo <= kEnumerate) {
       std::vector<int64_t> ranks;
-      for (int64_t rank = lo; rank < hi; ++rank) ranks.push_back(rank);
+      for (int64_t rank = lo; rank < hi; ++rank)
+        if (live(view, rank, rank + 1) > 0) ranks.push_back(rank);
       const std::vector<uint32_t> next = tokens_at(kernels, s, ranks, depth);  // ascending
       for (int64_t i = 0; i < items; ++i) {
         const auto range = std::equal_range(next.begin(), next.end(), token(candidates, i));
@@ -58,13 +60,11 @@ void Index::next_counts(const Batch& context, const Batch& candidates, int64_t* 
     search(s, items, [&](const Shard& shard, int64_t b, int64_t e) {
       return kernels.narrow(shard, args, b, e);
     });
-    for (int64_t i = 0; i < items; ++i) counts[i] += his[index(i)] - los[index(i)];
+    for (int64_t i = 0; i < items; ++i) counts[i] += live(view, los[index(i)], his[index(i)]);
   }
 }
 
-Next Index::next_dist(const Batch& context, std::optional<int64_t> max_support) const {
-  ALIGNOPS_CHECK(!max_support || *max_support >= 1,
-                 "next_dist: max_support must be at least 1, got ", max_support.value_or(0));
+Next Index::next_dist(const Batch& context) const {
   const Kernels& kernels = begin_batch();
   const int64_t depth = context.size();
   Next out;
@@ -78,68 +78,66 @@ Next Index::next_dist(const Batch& context, std::optional<int64_t> max_support) 
     }
     return out;
   }
-  std::vector<int64_t> los, his;
-  int64_t total = 0;
+  std::map<uint32_t, int64_t> sum;
   for (int32_t s = 0; s < store_->num_shards(); ++s) {
     const Intervals found = find_rows(kernels, s, context.tokens.data(), context.offsets.data(),
                                       context.offsets.data() + 1, 1);
-    los.push_back(found.lo[0]);
-    his.push_back(found.hi[0]);
-    total += found.hi[0] - found.lo[0];
-  }
-  out.approx = max_support && total > *max_support;
-  std::map<uint32_t, int64_t> sum;
-  int64_t before = 0;  // occurrences in the shards before
-  for (int32_t s = 0; s < store_->num_shards(); ++s) {
-    const int64_t lo = los[index(s)], hi = his[index(s)];
-    if (out.approx) {
+    const int64_t lo = found.lo[0], hi = found.hi[0];
+    if (lo == hi) continue;
+    // The next tokens ascend with the rank: all ranks between two of the same token have it, too.
+    // Each round looks into the middle of every gap between two different tokens.
+    struct Gap {
+      int64_t from, to;  // ranks
+      uint32_t first, last;
+    };
+    const std::vector<uint32_t> ends = tokens_at(kernels, s, {lo, hi - 1}, depth);
+    std::vector<Gap> gaps{{lo, hi - 1, ends[0], ends[1]}};
+    std::vector<std::pair<int64_t, uint32_t>> runs{{lo, ends[0]}};  // first rank of a token
+    while (!gaps.empty()) {
       std::vector<int64_t> ranks;
-      for (int64_t i = 0; i < *max_support; ++i) {
-        const int64_t rank = spread(i, *max_support, total) - before;
-        if (0 <= rank && rank < hi - lo) ranks.push_back(lo + rank);
-      }
-      for (const uint32_t next : tokens_at(kernels, s, ranks, depth)) ++sum[next];
-    } else if (lo < hi) {
-      // The next tokens ascend with the rank: all ranks between two of the same token have it, too.
-      // Each round looks into the middle of every gap between two different tokens.
-      struct Gap {
-        int64_t from, to;  // ranks
-        uint32_t first, last;
-      };
-      const std::vector<uint32_t> ends = tokens_at(kernels, s, {lo, hi - 1}, depth);
-      std::vector<Gap> gaps{{lo, hi - 1, ends[0], ends[1]}};
-      std::vector<std::pair<int64_t, uint32_t>> runs{{lo, ends[0]}};  // first rank of a token
-      while (!gaps.empty()) {
-        std::vector<int64_t> ranks;
-        std::vector<Gap> open;
-        for (const Gap& gap : gaps) {
-          if (gap.first == gap.last) continue;
-          if (gap.from + 1 == gap.to) {
-            runs.emplace_back(gap.to, gap.last);
-          } else {
-            open.push_back(gap);
-            ranks.push_back(gap.from + (gap.to - gap.from) / 2);
-          }
-        }
-        const std::vector<uint32_t> middle = tokens_at(kernels, s, ranks, depth);
-        gaps.clear();
-        for (size_t i = 0; i < open.size(); ++i) {
-          gaps.push_back({open[i].from, ranks[i], open[i].first, middle[i]});
-          gaps.push_back({ranks[i], open[i].to, middle[i], open[i].last});
+      std::vector<Gap> open;
+      for (const Gap& gap : gaps) {
+        if (gap.first == gap.last) continue;
+        if (gap.from + 1 == gap.to) {
+          runs.emplace_back(gap.to, gap.last);
+        } else {
+          open.push_back(gap);
+          ranks.push_back(gap.from + (gap.to - gap.from) / 2);
         }
       }
-      std::sort(runs.begin(), runs.end());
-      for (size_t i = 0; i < runs.size(); ++i)
-        sum[runs[i].second] += (i + 1 < runs.size() ? runs[i + 1].first : hi) - runs[i].first;
+      const std::vector<uint32_t> middle = tokens_at(kernels, s, ranks, depth);
+      gaps.clear();
+      for (size_t i = 0; i < open.size(); ++i) {
+        gaps.push_back({open[i].from, ranks[i], open[i].first, middle[i]});
+        gaps.push_back({ranks[i], open[i].to, middle[i], open[i].last});
+      }
     }
-    before += hi - lo;
+    std::sort(runs.begin(), runs.end());
+    for (size_t i = 0; i < runs.size(); ++i)
+      sum[runs[i].second] +=
+          live(store_->shard(s), runs[i].first, i + 1 < runs.size() ? runs[i + 1].first : hi);
   }
   sum.erase(static_cast<uint32_t>(separator(store_->info().token_bytes)));
   for (const auto& [id, count] : sum) {
+    if (count == 0) continue;
     out.ids.push_back(id);
     out.counts.push_back(count);
   }
   return out;
+}
+
+void Index::next_tokens(const Batch& context, std::span<const int64_t> numbers,
+                        int64_t* tokens) const {
+  const Kernels& kernels = begin_batch();
+  const std::vector<int64_t> rows(numbers.size());
+  const std::vector<Picked> picked = pick(context, rows, numbers);
+  const auto end = static_cast<uint32_t>(separator(store_->info().token_bytes));
+  for (int32_t s = 0; s < store_->num_shards(); ++s) {
+    const Picked& here = picked[index(s)];
+    const std::vector<uint32_t> next = tokens_at(kernels, s, here.rank, context.size());
+    for (size_t i = 0; i < next.size(); ++i)
+      tokens[here.place[i]] = next[i] == end ? -1 : static_cast<int64_t>(next[i]);
+  }
 }
 
 // Separators sort last, so the ends of documents are the last ranks of an interval.
@@ -157,7 +155,7 @@ int64_t Index::eos_count(const Batch& context) const {
     search(s, 1, [&](const Shard& shard, int64_t b, int64_t e) {
       return kernels.narrow(shard, args, b, e);
     });
-    total += found.hi[0] - found.lo[0];
+    total += live(store_->shard(s), found.lo[0], found.hi[0]);
   }
   return total;
 }

@@ -53,6 +53,10 @@ struct Shard {
   uint64_t buckets;
   const void* directory;    // directory_size times kDirectoryTokens tokens, or null
   uint64_t directory_size;  // ceil(suf_size / kDirectoryStride)
+  // Ranks of the suffixes of removed documents, ascending. Kernels search all suffixes alike; who
+  // calls them leaves these out (removed.h).
+  const uint64_t* removed = nullptr;
+  uint64_t removed_size = 0;
 };
 
 enum class Status : int32_t {

@@ -12,13 +12,15 @@
 // candidate c is flagged if and only if the shortest suffix that would be, followed by c, occurs.
 // Candidates that share this suffix are looked up together among the tokens that follow it.
 //
+// Of removed documents nothing occurs: a search that empties an interval and one that leaves only
+// their suffixes in it are the same.
+//
 // Source: specification of TraceShield, TraceAlign (arXiv 2508.02063); the algorithm is our own.
 #pragma once
 
 #include <compare>
 #include <cstdint>
 #include <functional>
-#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -26,6 +28,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "range_max.h"
 
 namespace alignops::spans {
 
@@ -56,8 +59,8 @@ struct MatchRule {
   double log_tokens = 1;              // ln N
   std::span<const double> surprisal;  // of each token, finite and >= 0: see check_surprisal
   std::shared_ptr<const void> owner;  // of `surprisal`
-  // No token of the index has more. `flagged` looks at fewer tokens for a tighter bound.
-  double most_surprising = std::numeric_limits<double>::infinity();
+  // Of `surprisal`, without tokens that do not occur, for `flagged` to look at fewer. May be null.
+  std::shared_ptr<const RangeMax> occurring;
 };
 
 // Throws std::invalid_argument, with `op` in its text.
@@ -134,17 +137,22 @@ class Matcher {
     int64_t row, token;
     int64_t place;  // in the arrays of the caller
   };
-  // The last `level` tokens of a row followed by `token`: the interval.
+  // The last `level` tokens of a row followed by `token`: how often they occur in a shard.
   struct Probe {
     int64_t row, level, token, item;
-    int64_t lo = 0, hi = 0;
+    int64_t count = 0;
     auto operator<=>(const Probe&) const = default;
   };
   // The longest match of a row followed by `token`, if it has `floor` tokens, else length 0.
   struct Item {
     int64_t row, token, floor;
     int64_t length = 0, count = 0;
-    int64_t known = 0, high = 0, lo = 0, hi = 0;  // in the shard under way
+    int64_t known = 0, high = 0, found = 0;  // in the shard under way; `found` counts `known`
+  };
+  // The last `length` tokens of a row, the most surprising of which has `largest` (kind max only).
+  struct Level {
+    int64_t row, length;
+    double largest;
   };
   // The longest suffix of the tokens before place `end`: `node` so far, at most `limit` long.
   struct Suffix {
@@ -185,7 +193,7 @@ class Matcher {
                          std::span<const int64_t> parent) const;
   void solve(const Side& side, int64_t shard, std::span<Probe> probes) const;
   void find_longest(const Side& side, std::vector<Item>& items) const;
-  void followers(int64_t shard, const std::vector<int64_t>& level,
+  void followers(int64_t shard, const std::vector<Level>& levels,
                  std::vector<std::pair<int64_t, int64_t>>& pairs) const;
 
   // Scores.
@@ -193,7 +201,9 @@ class Matcher {
   double risk(double bci, double largest) const;
   bool passes(int64_t length, int64_t count) const;
   std::vector<double> peaks(const Row& row, int64_t length) const;
-  int64_t fewest(const Row& row, double next, int64_t most, const std::vector<double>& peak) const;
+  bool enough(const Level& level, double next) const;
+  std::vector<Level> levels_of(int64_t row) const;
+  int64_t fewest(int64_t row, double next, int64_t most, const std::vector<double>& peak) const;
   std::vector<Candidate> checked(std::span<const int64_t> candidates) const;
   void peek_rows(std::span<const Candidate> candidates, std::span<uint8_t> flags) const;
   std::vector<MatchState> judge(std::vector<Item>& items) const;

@@ -1,11 +1,13 @@
 // Scores of matches, and of the matches that candidates would make.
 #include <algorithm>
 #include <iterator>
+#include <limits>
 #include <utility>
 
 #include "../common/check.h"
 #include "matcher.h"
 #include "matcher_common.h"
+#include "removed.h"
 
 namespace alignops::spans {
 
@@ -37,7 +39,8 @@ MatchState Matcher::state(int64_t i) const {
   const int64_t length = longest(unsafe_, i);
   MatchState out{length, 0, 0, 0, false};
   for (int64_t s = 0; s < shards(unsafe_); ++s)
-    if (const Node& n = node(unsafe_, i, s); n.length == length) out.count += n.hi - n.lo;
+    if (const Node& n = node(unsafe_, i, s); n.length == length)
+      out.count += live(get(unsafe_.source.shards, s), n.lo, n.hi);
   const double* sums = &get(sums_, row.slot * (capacity_ + 1));
   out.bci = sums[row.end] - sums[row.end - length];
   const bool excused = allow_ && rule_.allow == MatchRule::Allow::kExact && length > 0 &&
@@ -49,23 +52,29 @@ MatchState Matcher::state(int64_t i) const {
   return out;
 }
 
-// How many of the last tokens a match with `token` needs so that it may be flagged: -1 if all of
-// `most` are not enough.
-int64_t Matcher::fewest(const Row& row, double next, int64_t most,
-                        const std::vector<double>& peak) const {
+// Whether a match of these tokens and one more, of surprisal `next`, may be flagged. If so, it may
+// with a larger surprisal, too.
+bool Matcher::enough(const Level& level, double next) const {
+  const Row& row = at(level.row);
   const double* sums = &get(sums_, row.slot * (capacity_ + 1));
-  const double sum = sums[row.end] + next;
-  const auto enough = [&](int64_t level) {
-    const double largest = peak.empty() ? 0 : std::max(get(peak, level), next);
-    return risk(sum - sums[row.end - level], largest) > rule_.tau;
+  return risk(sums[row.end] + next - sums[row.end - level.length], std::max(level.largest, next)) >
+         rule_.tau;
+}
+
+// How many of the last tokens a match with `next` needs so that it may be flagged: -1 if all of
+// `most` are not enough.
+int64_t Matcher::fewest(int64_t row, double next, int64_t most,
+                        const std::vector<double>& peak) const {
+  const auto reaches = [&](int64_t level) {
+    return enough({row, level, peak.empty() ? 0 : get(peak, level)}, next);
   };
   int64_t low = rule_.min_len - 1, high = most;
   if (low > high) return -1;
-  if (enough(low)) return low;
-  if (!enough(high)) return -1;
+  if (reaches(low)) return low;
+  if (!reaches(high)) return -1;
   while (high - low > 1) {  // `low` is not enough, `high` is
     const int64_t mid = low + (high - low) / 2;
-    (enough(mid) ? high : low) = mid;
+    (reaches(mid) ? high : low) = mid;
   }
   return high;
 }
@@ -83,7 +92,7 @@ void Matcher::peek_rows(std::span<const Candidate> candidates, std::span<uint8_t
       most = std::min(longest(unsafe_, row), max_match_ - 1);
       if (peak && most + 1 >= rule_.min_len) peak_of_row = peaks(at(row), most);
     }
-    const int64_t level = fewest(at(row), surprisal(c.token), most, peak_of_row);
+    const int64_t level = fewest(row, surprisal(c.token), most, peak_of_row);
     if (level >= 0) probes.push_back({row, level, c.token, i});
   }
   std::sort(probes.begin(), probes.end());
@@ -96,7 +105,7 @@ void Matcher::peek_rows(std::span<const Candidate> candidates, std::span<uint8_t
         here.push_back(probe);
     solve(unsafe_, s, here);
     for (const Probe& probe : here)
-      if (probe.lo < probe.hi) flags[static_cast<size_t>(probe.item)] = 1;
+      if (probe.count > 0) flags[static_cast<size_t>(probe.item)] = 1;
   }
   if (rule_.max_count == INT64_MAX && !allow_) return;
 
@@ -136,7 +145,7 @@ std::vector<MatchState> Matcher::judge(std::vector<Item>& items) const {
       std::sort(probes.begin(), probes.end());
       solve(*allow_, s, probes);
       for (const Probe& probe : probes)
-        if (probe.lo < probe.hi) get(excused, probe.item) = 1;
+        if (probe.count > 0) get(excused, probe.item) = 1;
     }
   }
   std::vector<MatchState> states;
@@ -205,21 +214,47 @@ void Matcher::peek_exact(std::span<const int64_t> candidates, std::span<MatchSta
     states[static_cast<size_t>(get(rows, k).place)] = get(found, k);
 }
 
+// What a token that may be flagged has to follow: the fewest of the last tokens that are enough for
+// the most surprising one, and more, as far as more tokens become surprising enough. A token is
+// flagged if it follows the first of them for which it is.
+std::vector<Matcher::Level> Matcher::levels_of(int64_t i) const {
+  const Row& row = at(i);
+  const int64_t most = std::min(longest(unsafe_, i), max_match_ - 1);
+  const bool maximum = rule_.kind == MatchRule::Kind::kMax;
+  const std::vector<double> peak = maximum ? peaks(row, most) : std::vector<double>();
+  const double surprising = rule_.occurring != nullptr ? rule_.occurring->most(0, vocab())
+                                                       : std::numeric_limits<double>::infinity();
+  const int64_t first = fewest(i, surprising, most, peak);
+  if (first < 0) return {};
+  const int64_t certain = fewest(i, 0, most, peak), last = certain < 0 ? most : certain;
+  const double* sums = &get(sums_, row.slot * (capacity_ + 1));
+  std::vector<Level> levels;
+  for (int64_t k = first; k <= last; ++k) {
+    const bool more = maximum ? k > 0 && get(peak, k) > get(peak, k - 1)
+                              : k > 0 && sums[row.end - k] < sums[row.end - k + 1];
+    if (k == first || more) levels.push_back({i, k, maximum ? get(peak, k) : 0});
+  }
+  return levels;
+}
+
 std::vector<std::pair<int64_t, int64_t>> Matcher::flagged() const {
   check_sources();
-  // The shortest suffix after which any token may be flagged: what follows it, are the candidates.
-  std::vector<int64_t> level(rows_.size(), -1);
+  std::vector<Level> levels;
   for (int64_t i = 0; i < batch(); ++i) {
     if (!at(i).active) continue;
-    const int64_t length = std::min(longest(unsafe_, i), max_match_ - 1);
-    std::vector<double> peak;
-    if (rule_.kind == MatchRule::Kind::kMax) peak = peaks(at(i), length);
-    get(level, i) = fewest(at(i), rule_.most_surprising, length, peak);
+    const std::vector<Level> more = levels_of(i);
+    levels.insert(levels.end(), more.begin(), more.end());
   }
   std::vector<std::pair<int64_t, int64_t>> pairs;
-  for (int64_t s = 0; s < shards(unsafe_); ++s) followers(s, level, pairs);
+  bool removed = false;
+  for (int64_t s = 0; s < shards(unsafe_); ++s) {
+    followers(s, levels, pairs);
+    removed |= get(unsafe_.source.shards, s).removed_size > 0;
+  }
   std::sort(pairs.begin(), pairs.end());
   pairs.erase(std::unique(pairs.begin(), pairs.end()), pairs.end());
+  if (rule_.max_count == INT64_MAX && !allow_ && !removed) return pairs;
+  // What follows may do so in removed documents only, be too frequent, or be excused.
   std::vector<Candidate> candidates;
   candidates.reserve(pairs.size());
   for (const auto& [row, token] : pairs) candidates.push_back({row, token, 0});

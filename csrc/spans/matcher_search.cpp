@@ -6,6 +6,7 @@
 
 #include "matcher.h"
 #include "matcher_common.h"
+#include "removed.h"
 
 namespace alignops::spans {
 namespace {
@@ -86,12 +87,13 @@ void Matcher::find_suffixes(const Side& side, int64_t shard, std::vector<Suffix>
       }
     }
     if (item.empty()) return;
-    check_fault(side, shard, finds.run(get(side.source.shards, shard), side.tokens.data()));
+    const Shard& view = get(side.source.shards, shard);
+    check_fault(side, shard, finds.run(view, side.tokens.data()));
     for (int64_t k = 0; k < std::ssize(item); ++k) {
       Suffix& x = get(suffixes, get(item, k));
       const int64_t length = get(finds.end, k) - get(finds.begin, k);
       if (length > x.limit) continue;  // a shorter one does not occur
-      if (get(finds.lo, k) < get(finds.hi, k)) {
+      if (live(view, get(finds.lo, k), get(finds.hi, k)) > 0) {
         x.node = {length, get(finds.lo, k), get(finds.hi, k)};
         x.step = length;
       } else {
@@ -148,10 +150,11 @@ std::vector<Matcher::Node> Matcher::step(const Side& side, const std::vector<Row
         narrows.push(old.lo, old.hi, old.length, token(row.slot * capacity_ + row.end - 1), i);
       }
     }
-    check_fault(side, s, narrows.run(get(side.source.shards, s)));
+    const Shard& view = get(side.source.shards, s);
+    check_fault(side, s, narrows.run(view));
     for (int64_t k = 0; k < std::ssize(narrows.item); ++k) {
       const int64_t i = get(narrows.item, k), depth = get(narrows.depth, k);
-      if (get(narrows.lo, k) < get(narrows.hi, k)) {
+      if (live(view, get(narrows.lo, k), get(narrows.hi, k)) > 0) {
         get(nodes, i * count + s) = {depth + 1, get(narrows.lo, k), get(narrows.hi, k)};
       } else {
         search(i, depth);
@@ -164,7 +167,7 @@ std::vector<Matcher::Node> Matcher::step(const Side& side, const std::vector<Row
   return nodes;
 }
 
-// Intervals of probes, which are sorted by row, level and token.
+// Counts of probes, which are sorted by row, level and token.
 void Matcher::solve(const Side& side, int64_t shard, std::span<Probe> probes) const {
   const Shard& view = get(side.source.shards, shard);
   struct Group {  // probes of one suffix
@@ -229,14 +232,12 @@ void Matcher::solve(const Side& side, int64_t shard, std::span<Probe> probes) co
   check_fault(side, shard, narrows.run(view));
   check_fault(side, shard, buckets.run(view, singles.data()));
   for (int64_t k = 0; k < std::ssize(narrows.item); ++k) {
-    Probe& probe = probes[static_cast<size_t>(get(narrows.item, k))];
-    probe.lo = get(narrows.lo, k);
-    probe.hi = get(narrows.hi, k);
+    probes[static_cast<size_t>(get(narrows.item, k))].count =
+        live(view, get(narrows.lo, k), get(narrows.hi, k));
   }
   for (int64_t k = 0; k < std::ssize(bucket_item); ++k) {
-    Probe& probe = probes[static_cast<size_t>(get(bucket_item, k))];
-    probe.lo = get(buckets.lo, k);
-    probe.hi = get(buckets.hi, k);
+    probes[static_cast<size_t>(get(bucket_item, k))].count =
+        live(view, get(buckets.lo, k), get(buckets.hi, k));
   }
   std::vector<uint32_t> next(ranks.size());
   check_fault(
@@ -248,8 +249,7 @@ void Matcher::solve(const Side& side, int64_t shard, std::span<Probe> probes) co
     for (int64_t i = group->begin; i < group->end; ++i) {
       Probe& probe = probes[static_cast<size_t>(i)];
       const auto [lo, hi] = std::equal_range(begin, end, static_cast<uint32_t>(probe.token));
-      probe.lo = group->lo + (lo - begin);
-      probe.hi = group->lo + (hi - begin);
+      probe.count = live(view, group->lo + (lo - begin), group->lo + (hi - begin));
     }
     begin = end;
   }
@@ -262,7 +262,7 @@ void Matcher::find_longest(const Side& side, std::vector<Item>& items) const {
     for (Item& item : items) {
       item.known = std::max<int64_t>(item.floor, 1) - 1;
       item.high = std::min(node(side, item.row, s).length, max_match_ - 1) + 1;
-      item.lo = item.hi = 0;
+      item.found = 0;
     }
     for (bool first = true;; first = false) {
       std::vector<Probe> probes;
@@ -277,42 +277,52 @@ void Matcher::find_longest(const Side& side, std::vector<Item>& items) const {
       solve(side, s, probes);
       for (const Probe& probe : probes) {
         Item& item = get(items, probe.item);
-        if (probe.lo < probe.hi) {
+        if (probe.count > 0) {
           item.known = probe.level + 1;
-          item.lo = probe.lo;
-          item.hi = probe.hi;
+          item.found = probe.count;
         } else {
           item.high = probe.level;
         }
       }
     }
     for (Item& item : items) {
-      if (item.lo == item.hi || item.known < item.length) continue;
-      item.count = (item.known == item.length ? item.count : 0) + item.hi - item.lo;
+      if (item.found == 0 || item.known < item.length) continue;
+      item.count = (item.known == item.length ? item.count : 0) + item.found;
       item.length = item.known;
     }
   }
   int64_t all = 0;
-  for (const Shard& shard : side.source.shards) all += static_cast<int64_t>(shard.suf_size);
+  for (const Shard& shard : side.source.shards) all += live_size(shard);
   for (Item& item : items)
     if (item.length == 0) item.count = all;
 }
 
-// Adds (row, token) for each token that follows the last level[row] tokens in a shard. Intervals
-// whose first and last suffix go on with the same token are done; others are cut into halves.
-void Matcher::followers(int64_t shard, const std::vector<int64_t>& level,
+// Adds (row, token) for the tokens of a shard that follow the last level[row] tokens and are
+// surprising enough to be flagged there. The tokens ascend with the rank: intervals whose first and
+// last suffix go on with the same token are done, others are cut into halves, and those between
+// whose tokens none is surprising enough are left out.
+void Matcher::followers(int64_t shard, const std::vector<Level>& levels,
                         std::vector<std::pair<int64_t, int64_t>>& pairs) const {
   const Shard& view = get(unsafe_.source.shards, shard);
   struct Piece {
-    int64_t row, lo, hi;
+    const Level* level;
+    int64_t lo, hi;
   };
   std::vector<Piece> pieces;
   Finds finds;
-  for (int64_t i = 0; i < batch(); ++i) {
-    const int64_t k = get(level, i), end = at(i).slot * capacity_ + at(i).end;
-    if (k < 0 || node(unsafe_, i, shard).length < k) continue;
-    finds.push(end - k, end);
-    pieces.push_back({i, 0, 0});
+  for (const Level& level : levels) {
+    if (node(unsafe_, level.row, shard).length < level.length) continue;
+    if (level.length == 0) {  // any token that occurs
+      for (uint64_t i = 0; i < view.buckets; ++i) {
+        const int64_t token = view.ids == nullptr ? static_cast<int64_t>(i) : view.ids[i];
+        if (view.first[i] < view.first[i + 1] && enough(level, surprisal(token)))
+          pairs.emplace_back(level.row, token);
+      }
+      continue;
+    }
+    const int64_t end = at(level.row).slot * capacity_ + at(level.row).end;
+    finds.push(end - level.length, end);
+    pieces.push_back({&level, 0, 0});
   }
   check_fault(unsafe_, shard, finds.run(view, unsafe_.tokens.data()));
   for (int64_t k = 0; k < std::ssize(pieces); ++k) {
@@ -324,7 +334,7 @@ void Matcher::followers(int64_t shard, const std::vector<int64_t>& level,
     std::vector<int64_t> ranks, depths;
     for (const Piece& piece : pieces) {
       ranks.insert(ranks.end(), {piece.lo, piece.hi - 1});
-      depths.insert(depths.end(), 2, get(level, piece.row));
+      depths.insert(depths.end(), 2, piece.level->length);
     }
     std::vector<uint32_t> next(ranks.size());
     check_fault(
@@ -332,16 +342,19 @@ void Matcher::followers(int64_t shard, const std::vector<int64_t>& level,
         kernels().tokens_at(view, {ranks.data(), depths.data(), next.data()}, 0, std::ssize(next)));
     std::vector<Piece> halves;
     for (int64_t k = 0; k < std::ssize(pieces); ++k) {
-      const auto [row, lo, hi] = get(pieces, k);
+      const auto [level, lo, hi] = get(pieces, k);
       const uint32_t first = get(next, 2 * k), last = get(next, 2 * k + 1);
       if (first == last || hi - lo == 2) {
         for (const int64_t token : {first, last})
-          if (static_cast<uint64_t>(token) < vocab()) pairs.emplace_back(row, token);
+          if (static_cast<uint64_t>(token) < vocab() && enough(*level, surprisal(token)))
+            pairs.emplace_back(level->row, token);
         continue;
       }
+      if (rule_.occurring != nullptr && !enough(*level, rule_.occurring->most(first, last)))
+        continue;
       const int64_t mid = lo + (hi - lo) / 2;
-      halves.push_back({row, lo, mid});
-      halves.push_back({row, mid, hi});
+      halves.push_back({level, lo, mid});
+      halves.push_back({level, mid, hi});
     }
     pieces = std::move(halves);
   }

@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <random>
 #include <utility>
 #include <vector>
 
 #include "../common/check.h"
+#include "removed.h"
 
 namespace alignops::spans {
 namespace {
@@ -44,8 +46,9 @@ class OpenShard {
     for (int32_t kind = 0; kind < kNumKinds; ++kind) {
       if (shard_.files[kind].bytes == 0) continue;
       // Both tables are small, read by every search and not guarded block by block.
-      const bool table = kind == kUni || kind == kDir;
-      const std::string name = file_name(kind, number);
+      const bool table = kind == kUni || kind == kDir || kind == kDel;
+      const std::string name = kind == kDel ? removal_name(number, shard_.files[kind].table_crc)
+                                            : file_name(kind, number);
       files_[kind] = open_file(folder, path, name, table ? Mode::kRam : mode, parallel);
       const FileReader& file = *files_[kind];
       const FileHeader& header = file.header();
@@ -70,6 +73,7 @@ class OpenShard {
     check_elements();
     read_counts();
     make_view();
+    if (file(kDel) != nullptr) read_removal();
     check(verify, parallel);
   }
 
@@ -78,6 +82,7 @@ class OpenShard {
   const FileReader* file(Kind kind) const { return files_[kind].get(); }
   std::span<const uint32_t> ids() const { return ids_; }
   std::span<const uint64_t> first() const { return first_; }
+  std::span<const uint64_t> removed() const { return removed_; }  // documents
 
   void check_sizes() const {
     file(kTok)->check_size();
@@ -102,6 +107,7 @@ class OpenShard {
     expect(*file(kDoc), starts[0] == 0 && starts[shard_.documents] == size,
            "does not cover the text");
     check_order();
+    if (level == Verify::kFull && file(kDel) != nullptr) check_removal();
   }
 
   // Of a table with one element more than documents: what belongs to document d.
@@ -180,6 +186,7 @@ class OpenShard {
     check_one(kMoff, documents + 1, 8);
     check_one(kBoff, text, 4);
     check_one(kDir, directory, width * kDirectoryTokens);
+    if (file(kDel) != nullptr) check_one(kDel, file(kDel)->header().elements, 8);
     if (file(kMeta) != nullptr) check_one(kMeta, file(kMeta)->header().elements, 1);
     expect(*file(kUni), ((file(kUni)->header().flags & kSparse) != 0) == sparse,
            "has another layout than the vocabulary needs");
@@ -208,6 +215,43 @@ class OpenShard {
       first_.push_back(first_.back() + count);
     }
     expect(uni, first_.back() == shard_.tokens, "counts fewer tokens than there are");
+  }
+
+  // How many are removed, their numbers, and the ranks of their suffixes.
+  void read_removal() {
+    const FileReader& del = *file(kDel);
+    const auto* words = reinterpret_cast<const uint64_t*>(del.data());
+    const uint64_t size = del.header().elements;
+    expect(del, size > 0 && words[0] > 0 && words[0] <= shard_.documents && words[0] < size,
+           "has another number of documents than there can be");
+    removed_ = {words + 1, words[0]};
+    view_.removed = words + 1 + removed_.size();
+    view_.removed_size = size - 1 - removed_.size();
+    const auto ascend = [](const uint64_t* begin, uint64_t count, uint64_t limit) {
+      for (uint64_t i = 0; i < count; ++i)
+        if (begin[i] >= limit || (i > 0 && begin[i] <= begin[i - 1])) return false;
+      return true;
+    };
+    expect(del, ascend(removed_.data(), removed_.size(), shard_.documents),
+           "has documents out of order");
+    expect(del, ascend(view_.removed, view_.removed_size, shard_.tokens), "has ranks out of order");
+    uint64_t tokens = 0;
+    for (const uint64_t d : removed_) {
+      const auto [begin, end] = range(kDoc, d, view_.text_size);
+      expect(*file(kDoc), begin < end, "is not increasing");
+      tokens += end - begin - 1;
+    }
+    expect(del, tokens == view_.removed_size, "has more or fewer ranks than its documents tokens");
+  }
+
+  void check_removal() const {
+    for (uint64_t i = 0; i < view_.removed_size; ++i) {
+      const uint64_t position = pointer_at(view_.suf, view_.pointer_bytes, view_.removed[i]);
+      expect(*file(kSuf), position < view_.text_size, "points beyond the text");
+      expect(*file(kDel),
+             std::binary_search(removed_.begin(), removed_.end(), document_of(position)),
+             "has ranks of other documents");
+    }
   }
 
   void make_view() {
@@ -275,6 +319,7 @@ class OpenShard {
   std::array<std::unique_ptr<const FileReader>, kNumKinds> files_;
   std::vector<uint32_t> ids_;
   std::vector<uint64_t> first_;
+  std::span<const uint64_t> removed_;
   Shard view_{};
 };
 
@@ -285,15 +330,22 @@ struct Store::Impl {
   std::vector<std::unique_ptr<const OpenShard>> shards;
   std::vector<uint64_t> first_document;
   uint64_t tokens = 0;
+  std::vector<uint64_t> removed;
   std::vector<uint32_t> ids;
   std::vector<uint64_t> counts;
+
+  // Suffixes that remain in bucket i of a shard.
+  static uint64_t in_bucket(const OpenShard& shard, size_t i) {
+    return static_cast<uint64_t>(live(shard.view(), static_cast<int64_t>(shard.first()[i]),
+                                      static_cast<int64_t>(shard.first()[i + 1])));
+  }
 
   void add_counts() {
     if (info.vocab_size > kDenseVocab) {
       std::vector<std::pair<uint32_t, uint64_t>> all;
       for (const auto& shard : shards)
         for (size_t i = 0; i < shard->ids().size(); ++i)
-          all.emplace_back(shard->ids()[i], shard->first()[i + 1] - shard->first()[i]);
+          all.emplace_back(shard->ids()[i], in_bucket(*shard, i));
       std::sort(all.begin(), all.end());
       for (const auto& [id, count] : all) {
         if (ids.empty() || ids.back() != id) {
@@ -306,8 +358,7 @@ struct Store::Impl {
     }
     counts.resize(info.vocab_size);
     for (const auto& shard : shards)
-      for (size_t i = 0; i < counts.size(); ++i)
-        counts[i] += shard->first()[i + 1] - shard->first()[i];
+      for (size_t i = 0; i < counts.size(); ++i) counts[i] += in_bucket(*shard, i);
   }
 
   // The shard of a document, counted over all.
@@ -345,8 +396,11 @@ std::shared_ptr<const Store> Store::open(int folder, const std::string& path, co
   for (uint32_t s = 0; s < info.shards.size(); ++s) {
     impl->shards.push_back(
         std::make_unique<OpenShard>(folder, path, info, s, mode, verify, parallel));
+    const OpenShard& shard = *impl->shards.back();
+    for (const uint64_t d : shard.removed())
+      impl->removed.push_back(impl->first_document.back() + d);
     impl->first_document.push_back(impl->first_document.back() + info.shards[s].documents);
-    impl->tokens += info.shards[s].tokens;
+    impl->tokens += static_cast<uint64_t>(live_size(shard.view()));
   }
   impl->add_counts();
   return std::shared_ptr<const Store>(new Store(std::move(impl)));
@@ -359,6 +413,7 @@ const IndexInfo& Store::info() const { return impl_->info; }
 int32_t Store::num_shards() const { return static_cast<int32_t>(impl_->shards.size()); }
 uint64_t Store::tokens() const { return impl_->tokens; }
 uint64_t Store::documents() const { return impl_->first_document.back(); }
+std::span<const uint64_t> Store::removed() const { return impl_->removed; }
 
 void Store::check_sizes() const {
   for (const auto& shard : impl_->shards) shard->check_sizes();
@@ -450,6 +505,47 @@ std::span<const uint32_t> Store::byte_offsets(uint64_t d) const {
 
 void Store::verify(Verify level, const ParallelFor& parallel) const {
   for (const auto& shard : impl_->shards) shard->check(level, parallel);
+}
+
+FileSummary Store::write_removal(int32_t s, std::span<const uint64_t> documents,
+                                 const std::string& folder) const {
+  const OpenShard& shard = impl_->at(s);
+  const Shard& view = shard.view();
+  const FileReader& suf = *shard.file(kSuf);
+  suf.check_size();
+  suf.require(0, suf.size());
+  std::vector<bool> gone(view.text_size);
+  for (const uint64_t d : documents) {
+    const auto [begin, end] = shard.range(kDoc, d, view.text_size);
+    std::fill(gone.begin() + static_cast<int64_t>(begin), gone.begin() + static_cast<int64_t>(end),
+              true);
+  }
+  std::vector<uint64_t> words{documents.size()};
+  words.insert(words.end(), documents.begin(), documents.end());
+  for (uint64_t rank = 0; rank < view.suf_size; ++rank) {
+    const uint64_t position = pointer_at(view.suf, view.pointer_bytes, rank);
+    OpenShard::expect(suf, position < view.text_size, "points beyond the text");
+    if (gone[position]) words.push_back(rank);
+  }
+  FileHeader header;
+  header.kind = kCodes[kDel];
+  header.token_bytes = static_cast<uint8_t>(view.token_bytes);
+  header.pointer_bytes = static_cast<uint8_t>(view.pointer_bytes);
+  header.uuid = impl_->info.uuid;
+  header.shard = static_cast<uint32_t>(s);
+  header.shards = static_cast<uint32_t>(num_shards());
+  header.elements = words.size();
+  header.vocab_size = view.vocab;
+  // Under another name first: a list of the same name may be left of a removal that was killed.
+  const std::string temporary = folder + "/" + file_name(kDel, header.shard) + ".tmp";
+  std::remove(temporary.c_str());
+  FileWriter file(temporary);
+  file.append(words.data(), 8 * words.size());
+  const FileSummary summary = file.finish(kFormat, header);
+  const std::string name = folder + "/" + removal_name(header.shard, summary.table_crc);
+  if (std::rename(temporary.c_str(), name.c_str()) != 0)
+    throw FileError(std::strerror(errno), errno, name);
+  return summary;
 }
 
 }  // namespace alignops::spans

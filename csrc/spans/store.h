@@ -54,8 +54,10 @@ class Store {
 
   const IndexInfo& info() const;
   int32_t num_shards() const;
-  uint64_t tokens() const;     // over all shards, without separators
-  uint64_t documents() const;  // over all shards
+  uint64_t tokens() const;     // over all shards, without separators and removed documents
+  uint64_t documents() const;  // over all shards; removed ones keep their numbers
+  // The numbers of those, ascending.
+  std::span<const uint64_t> removed() const;
 
   // To be called before every batch of searches: compares the sizes of the files with those at
   // opening, since reading beyond the end of a file that shrank would be a signal. Throws
@@ -66,8 +68,8 @@ class Store {
   // Throws the IndexCorruptError for what a kernel reported of shard s.
   [[noreturn]] void raise(int32_t s, const Fault& fault) const;
 
-  // Occurrences over all shards, of token i where ids() is empty (vocabularies up to kDenseVocab),
-  // else of token ids()[i].
+  // Occurrences over all shards, without those in removed documents, of token i where ids() is
+  // empty (vocabularies up to kDenseVocab), else of token ids()[i].
   std::span<const uint32_t> ids() const;
   std::span<const uint64_t> counts() const;
 
@@ -87,6 +89,12 @@ class Store {
 
   // Checks as if the index were opened again at this level. For kFull, all blocks are read.
   void verify(Verify level, const ParallelFor& parallel) const;
+
+  // Writes the list of removed documents of a shard to `folder`, syncs it, and returns its summary,
+  // which the manifest has to name. `documents`, counted within the shard, ascend; they are all
+  // that are removed. Reads the suffixes once.
+  FileSummary write_removal(int32_t s, std::span<const uint64_t> documents,
+                            const std::string& folder) const;
 
  private:
   struct Impl;

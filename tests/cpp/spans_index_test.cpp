@@ -47,7 +47,7 @@ Answers ask(const Index& index, const std::vector<int64_t>& ids,
   const Batch context = index.encode("test", "ctx", ids_of(first));
   out.next.resize(ids.size());
   index.next_counts(context, batch, out.next.data());
-  out.distribution = index.next_dist(context, std::nullopt).counts;
+  out.distribution = index.next_dist(context).counts;
   out.ends = index.eos_count(context);
   return out;
 }

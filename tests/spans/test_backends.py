@@ -117,8 +117,8 @@ Placed = tuple[Case, DistributedIndex]
 
 
 def assert_equal(ours: Any, theirs: Any) -> None:
-    """Equal arrays, or tuples of them."""
-    if isinstance(theirs, tuple):
+    """Equal arrays, or tuples and lists of them."""
+    if isinstance(theirs, tuple | list):
         assert len(ours) == len(theirs)
         for a, b in zip(ours, theirs, strict=True):
             assert_equal(a, b)
@@ -170,8 +170,17 @@ def test_batches(placed: Placed, ask: Callable[[Any, Queries], Any]) -> None:
         lambda index, q: index.longest_suffix(q),
         lambda index, q: index.maximal_spans(q),
         lambda index, q: index.next_counts(q, list(range(VOCABULARY))),
+        lambda index, q: index.next_counts(q, []),
         lambda index, q: index.next_dist(q),
+        lambda index, q: index.next_dist(q, max_support=5),
+        lambda index, q: index.next_dist(q, max_support=64),
         lambda index, q: index.eos_count(q),
+        lambda index, q: index.attribute(q),
+        lambda index, q: index.attribute(q, share=1.0, documents=3, min_len=2, max_count=9),
+        lambda index, q: index.attribute(q, preset="paper"),
+        lambda index, q: index.top_docs(index.attribute(q, share=1.0), 5),
+        lambda index, q: [index.ngram_prob(q, t) for t in range(8)],
+        lambda index, q: [index.infgram_prob(q, t) for t in range(8)],
     ],
 )
 def test_single_queries(placed: Placed, ask: Callable[[Any, np.ndarray], Any]) -> None:
@@ -181,6 +190,25 @@ def test_single_queries(placed: Placed, ask: Callable[[Any, np.ndarray], Any]) -
         assert_equal(ask(index, flat[a:b]), ask(case.whole, flat[a:b]))
 
 
+def test_everything_that_an_index_answers_is_compared() -> None:
+    """A query that `SpanIndex` gets, `DistributedIndex` has, and the tests above ask."""
+    own = {"open", "close", "path", "fingerprint", "uuid"}
+    public = {n for n in dir(SpanIndex) if not n.startswith("_")} - own
+    assert public <= set(dir(DistributedIndex))
+    source = Path(__file__).read_text(encoding="utf-8")
+    assert {n for n in public if f"index.{n}" not in source} == {"max_match"}
+
+
+def test_places_of_ranks(placed: Placed) -> None:
+    case, index = placed
+    for s, (lo, hi) in enumerate(index.find([1]).tolist()):
+        assert_equal(index.hits(s, range(lo, hi)), case.whole.hits(s, range(lo, hi)))
+    for shard, ranks in ((-1, [0]), (index.n_shards, [0]), (0, [10**6])):
+        with pytest.raises(IndexError, match="hits: "):
+            index.hits(shard, ranks)
+    index.verify("full")
+
+
 RULES = {
     "bci": MatchRule(tau=6.0, min_len=2),
     "rare": MatchRule(tau=4.0, min_len=2, max_count=2),
@@ -188,22 +216,46 @@ RULES = {
     "max": MatchRule(kind="max", tau=1.5, min_len=2),
     "exact": MatchRule(tau=4.0, min_len=2),
     "cover": MatchRule(tau=4.0, min_len=2, allow_mode="cover"),
+    "exact rare": MatchRule(kind="norm", tau=0.5, min_len=2, max_count=9, severity=2.0),
+    "cover max": MatchRule(kind="max", tau=1.5, min_len=1, allow_mode="cover"),
 }
 
 
+class Harmless:
+    """Harmless text as one index, and as parts of several backends."""
+
+    def __init__(self, folder: Path) -> None:
+        docs = documents()[::3]
+        build_index(docs, folder / "index", vocab_size=VOCABULARY, fingerprint=TOKENIZER)
+        self.whole = SpanIndex.open(folder / "index", fingerprint=TOKENIZER)
+        self.folders = []
+        for p, part in enumerate(divided(docs, 3)):
+            target = folder / f"part-{p}"
+            build_index(part, target, vocab_size=VOCABULARY, fingerprint=TOKENIZER)
+            self.folders.append(str(target))
+        self.parts = DistributedIndex(
+            [LocalBackend(self.folders[:2]), LocalBackend(self.folders[2:])]
+        )
+
+
 @pytest.fixture(scope="module")
-def harmless(tmp_path_factory: pytest.TempPathFactory) -> SpanIndex:
-    target = tmp_path_factory.mktemp("allow") / "index"
-    build_index(documents()[::3], target, vocab_size=VOCABULARY, fingerprint=TOKENIZER)
-    return SpanIndex.open(target, fingerprint=TOKENIZER)
+def harmless(tmp_path_factory: pytest.TempPathFactory) -> Harmless:
+    return Harmless(tmp_path_factory.mktemp("allow"))
 
 
-def follow(case: Case, index: DistributedIndex, name: str, harmless: SpanIndex | None) -> None:
+def follow(
+    case: Case,
+    index: DistributedIndex,
+    name: str,
+    harmless: Harmless,
+    allow: SpanIndex | DistributedIndex | None = None,
+) -> None:
     """A random walk of beams along documents: what `SpanMatcher` says, at every step."""
     rng = np.random.default_rng(5)
-    allow = harmless if name in ("exact", "cover") else None
     options = {"batch": 3, "max_match": 12, "rule": RULES[name]}
-    ours, theirs = index.matcher(allow, **options), SpanMatcher(case.whole, allow, **options)
+    one = harmless.whole if name.startswith(("exact", "cover")) else None
+    ours = index.matcher(one and (allow or one), **options)
+    theirs = SpanMatcher(case.whole, one, **options)
 
     def compare() -> None:
         for a, b in zip(ours.state(), theirs.state(), strict=True):
@@ -244,8 +296,37 @@ def follow(case: Case, index: DistributedIndex, name: str, harmless: SpanIndex |
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_matcher(placed: Placed, name: str, harmless: SpanIndex) -> None:
+def test_matcher(placed: Placed, name: str, harmless: Harmless) -> None:
     follow(*placed, name, harmless)
+
+
+@pytest.mark.parametrize("name", ["exact", "cover", "exact rare", "cover max"])
+def test_matcher_with_harmless_text_in_parts(placed: Placed, name: str, harmless: Harmless) -> None:
+    follow(*placed, name, harmless, harmless.parts)
+
+
+def test_matcher_with_harmless_text_in_other_processes(
+    cases: dict[int, Case], own: Make, harmless: Harmless
+) -> None:
+    """Backends of either index may be lost and come back."""
+    case = cases[2]
+    unsafe, allow = own([case.folders[:1], harmless.folders])
+    index = DistributedIndex([unsafe, LocalBackend(case.folders[1:])])
+    follow(case, index, "cover", harmless, DistributedIndex([allow]))
+    options = {"rule": RULES["cover"]}
+    ours = index.matcher(DistributedIndex([allow]), **options)
+    theirs = SpanMatcher(case.whole, harmless.whole, **options)
+    text = [t for doc in case.docs[3:30] for t in doc]
+    for i, token in enumerate(text[:40]):
+        if i % 20 == 10:
+            kill(allow if i == 10 else unsafe)
+            with pytest.raises(ShardUnavailableError):
+                ours.advance([token])
+            (allow if i == 10 else unsafe).restart()
+        ours.advance([token])
+        theirs.advance([token])
+        assert_equal(ours.state()[:2], theirs.state()[:2])
+        np.testing.assert_allclose(ours.state().bci, theirs.state().bci, rtol=1e-12)
 
 
 class Forgetful(LocalBackend):
@@ -264,7 +345,7 @@ class Forgetful(LocalBackend):
 
 
 @pytest.mark.parametrize("name", ["bci", "cover"])
-def test_lost_matchers_are_rebuilt(cases: dict[int, Case], name: str, harmless: SpanIndex) -> None:
+def test_lost_matchers_are_rebuilt(cases: dict[int, Case], name: str, harmless: Harmless) -> None:
     backends = [Forgetful(f) for f in cases[7].split(3)]
     follow(cases[7], DistributedIndex(backends), name, harmless)
     assert all(backend.restored > 60 for backend in backends)
@@ -296,12 +377,19 @@ def test_long_texts_are_rebuilt_from_their_tails(cases: dict[int, Case]) -> None
 
 
 @pytest.mark.parametrize("allow_mode", ["none", "exact", "cover"])
-def test_filter(placed: Placed, allow_mode: str, harmless: SpanIndex) -> None:
+@pytest.mark.parametrize("parted", [False, True])
+def test_filter(placed: Placed, allow_mode: str, parted: bool, harmless: Harmless) -> None:
     case, index = placed
     options: dict[str, Any] = {"tau": 4.0, "min_len": 3}
     if allow_mode != "none":
-        options |= {"allow": harmless, "allow_mode": allow_mode}
-    ours, theirs = TraceShield(index, **options), TraceShield(case.whole, **options)
+        options |= {"allow": harmless.whole, "allow_mode": allow_mode}
+    theirs = TraceShield(case.whole, **options)
+    if allow_mode != "none" and parted:
+        options["allow"] = harmless.parts
+        assert TraceShield(case.whole, **options).check(case.docs[5]) == theirs.check(case.docs[5])
+        stream = TraceShield(case.whole, **options).stream()
+        assert stream.push(case.docs[5]) == theirs.check(case.docs[5]).refused
+    ours = TraceShield(index, **options)
     flat, bounds = case.queries(7)
     verdicts = theirs.check_batch(flat, bounds)
     assert ours.check_batch(flat, bounds) == verdicts
@@ -312,10 +400,15 @@ def test_filter(placed: Placed, allow_mode: str, harmless: SpanIndex) -> None:
         assert stream.refused == theirs.check(stream.tokens).refused
 
 
-def test_matchers_need_an_allow_index_that_can_be_sent(placed: Placed) -> None:
-    _, index = placed
-    with pytest.raises(TypeError, match="must be a SpanIndex"):
-        index.matcher(index)
+def test_matchers_need_an_index_as_allow_index(cases: dict[int, Case], tmp_path: Path) -> None:
+    index = DistributedIndex([LocalBackend(cases[1].folders)])
+    with pytest.raises(
+        TypeError, match="allow must be a SpanIndex or a DistributedIndex, got list"
+    ):
+        index.matcher([1])  # type: ignore[arg-type]
+    build_index([[1]], tmp_path / "other", vocab_size=VOCABULARY, fingerprint="another")
+    with pytest.raises(TokenizerMismatchError, match="fingerprint of allow must be 'tests'"):
+        index.matcher(SpanIndex.open(tmp_path / "other"))
 
 
 def test_bad_queries_raise_what_the_index_raises(placed: Placed) -> None:

@@ -252,15 +252,21 @@ def test_sampled_next_tokens(tmp_path: Path) -> None:
         exact = index.next_dist([1], max_support=401)
         assert not exact.approx
         assert equal(exact[:2], ([0, 1, 2], [100, 100, 100]))
-        sample = index.next_dist([1], max_support=30)
-        assert sample.approx
-        assert sample.counts.sum() <= 30
-        assert set(sample.ids.tolist()) <= {0, 1, 2}
+        for support in (1, 7, 30, 400):
+            sample = index.next_dist([1], max_support=support)
+            assert sample.approx
+            assert set(sample.ids.tolist()) <= {0, 1, 2}
+            # Estimates of the counts, which are those of all occurrences.
+            assert np.abs(sample.counts - 100).max() <= 2 * math.ceil(401 / support)
     with opened(Corpus(docs, 4, [1]), tmp_path / "one") as index:
         following = [0] * 100 + [1] * 100 + [2] * 100 + [-1] * 101  # by rank; -1 ends a document
-        taken = [following[(2 * i + 1) * 401 // 20] for i in range(10)]
+        estimate = dict.fromkeys((-1, 0, 1, 2), 0)
+        for i in range(10):
+            stands_for = (i + 1) * 401 // 10 - i * 401 // 10
+            estimate[following[(2 * i + 1) * 401 // 20]] += stands_for
         sample = index.next_dist([1], max_support=10)
-        assert equal(sample[:2], ([0, 1, 2], [taken.count(t) for t in range(3)]))
+        assert equal(sample[:2], ([0, 1, 2], [estimate[t] for t in range(3)]))
+        assert sample.counts.sum() + estimate[-1] == index.count([1])
 
 
 def test_places_of_ranks(tmp_path: Path) -> None:
