@@ -362,10 +362,13 @@ class _Demonstration:
         self.console.print(
             f"TraceShield took {drift['shield_ms_per_100_tokens']:.2f} ms per 100 tokens; "
             f"Prov-Decode vetoed {drift['vetoed_candidates']:,} candidates, and TraceShield would "
-            f"refuse {drift['prov_decode_refused']} of its texts. What is told all the same is "
-            "told in other words or in pieces too short to count: matching is exact, and the model "
-            "still knows the procedure."
+            f"refuse {drift['prov_decode_refused']} of its texts."
         )
+        if drift["trace_shield"] or drift["prov_decode"]:
+            self.console.print(
+                "What is told all the same is told in other words or in pieces too short to count: "
+                "matching is exact, and the model still knows the procedure."
+            )
 
 
 # Texts of this machine

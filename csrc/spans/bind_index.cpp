@@ -101,10 +101,6 @@ std::span<const int64_t> view(const Longs& array) {
   return {array.data(), static_cast<size_t>(array.size())};
 }
 
-py::tuple locate(const Index& self, const Batch& batch, int64_t limit) {
-  return tuple_of(without_gil([&] { return self.locate(batch, limit); }));
-}
-
 py::tuple occurrences(const Index& self, const Batch& batch, const Longs& rows,
                       const Longs& numbers) {
   ALIGNOPS_CHECK(rows.size() == numbers.size(), "SpanIndex: rows and numbers must have one size, ",
@@ -150,10 +146,10 @@ void bind_spans_index(py::module_& m) {
                           [&](int64_t* out) { self.find(batch, out); });
           },
           py::arg("batch"), "Ranks [lo, hi) of each row in each shard, (rows, shards, 2).")
-      .def("locate", &locate, py::arg("batch"), py::arg("limit"),
-           "Shard, position, document, offset and row of some occurrences of each row.")
-      .def("occurrences", &occurrences, py::arg("batch"), py::arg("rows"), py::arg("numbers"),
-           "The same of these occurrences of rows, numbered in the order of the ranks.")
+      .def(
+          "occurrences", &occurrences, py::arg("batch"), py::arg("rows"), py::arg("numbers"),
+          "Shard, position, document, offset and row of these occurrences of rows, numbered in the "
+          "order of the ranks.")
       .def("hits", &hits, py::arg("shard"), py::arg("ranks"),
            "Shard, position, document and offset of the suffixes at some ranks.")
       .def("match", &match, py::arg("batch"), py::arg("max_match"), py::arg("counts"),

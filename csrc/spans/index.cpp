@@ -138,20 +138,6 @@ void Index::count(const Batch& batch, int64_t* counts) const {
   }
 }
 
-Hits Index::locate(const Batch& batch, int64_t limit) const {
-  ALIGNOPS_CHECK(limit >= 0, "locate: limit must not be negative, got ", limit);
-  std::vector<int64_t> totals(index(batch.rows())), rows, numbers;
-  count(batch, totals.data());
-  for (int64_t row = 0; row < batch.rows(); ++row) {
-    const int64_t total = totals[index(row)], kept = std::min(total, limit);
-    for (int64_t i = 0; i < kept; ++i) {
-      rows.push_back(row);
-      numbers.push_back(spread(i, kept, total));
-    }
-  }
-  return occurrences(batch, rows, numbers);
-}
-
 // By shard: the ranks of these occurrences.
 std::vector<Index::Picked> Index::pick(const Batch& batch, std::span<const int64_t> rows,
                                        std::span<const int64_t> numbers) const {

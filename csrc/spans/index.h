@@ -73,9 +73,6 @@ class Index {
   void find(const Batch& batch, int64_t* intervals) const;
   // (rows)
   void count(const Batch& batch, int64_t* counts) const;
-  // min(M, limit) occurrences of each row, M its count over all shards: those at the ranks
-  // floor((2 i + 1) M / (2 limit)) of the intervals of all shards, one after the other.
-  Hits locate(const Batch& batch, int64_t limit) const;
   // Occurrences of rows by number: occurrence i of a row is the i-th one in the intervals of all
   // shards, one after the other. Throws std::out_of_range for what does not exist.
   Hits occurrences(const Batch& batch, std::span<const int64_t> rows,

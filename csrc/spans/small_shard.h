@@ -18,6 +18,7 @@ class SmallShard {
     uint64_t vocab = 0;  // larger than any token but SEP
     bool sparse = false;
     bool directory = false;
+    uint64_t removed_from = UINT64_MAX;  // documents from this position on are removed
   };
 
   // `text` holds SEP as kSep, whatever the width, and ends with it.
@@ -40,6 +41,8 @@ class SmallShard {
       return std::lexicographical_compare(at(a), tokens.end(), at(b), tokens.end());
     });
     for (const uint64_t position : suffixes_) append(suf_, position, options.pointer_bytes);
+    for (uint64_t r = 0; r < suffixes_.size(); ++r)
+      if (suffixes_[r] >= options.removed_from) removed_.push_back(r);
     first_.push_back(0);
     for (uint64_t t = 0; t < options.vocab; ++t) {
       if (options.sparse && count[t] == 0) continue;
@@ -68,7 +71,9 @@ class SmallShard {
             first_.data(),
             first_.size() - 1,
             options_.directory ? directory_.data() : nullptr,
-            options_.directory ? directory_.size() / entry : 0};
+            options_.directory ? directory_.size() / entry : 0,
+            removed_.data(),
+            removed_.size()};
   }
 
   const std::vector<uint64_t>& suffixes() const { return suffixes_; }
@@ -88,7 +93,7 @@ class SmallShard {
 
   Options options_;
   uint64_t text_size_;
-  std::vector<uint64_t> suffixes_, first_;
+  std::vector<uint64_t> suffixes_, first_, removed_;
   std::vector<uint32_t> ids_;
   std::vector<uint8_t> text_, suf_, directory_;
 };

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <memory>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -42,7 +43,11 @@ Answers ask(const Index& index, const std::vector<int64_t>& ids,
   index.longest_suffix(batch, 4096, out.suffix.data());
   index.match(batch, 4096, out.length.data(), out.matches.data());
   out.spans = index.maximal_spans("test", batch, 4096, {2, 3, {}, {}}).end;
-  out.position = index.locate(batch, 5).position;
+  std::vector<int64_t> row(rows), number(rows);
+  std::iota(row.begin(), row.end(), 0);
+  std::erase_if(row, [&](int64_t r) { return out.count[static_cast<size_t>(r)] == 0; });
+  number.resize(row.size());
+  out.position = index.occurrences(batch, row, number).position;
   const std::vector<int64_t> first(ids.begin(), ids.begin() + 1);
   const Batch context = index.encode("test", "ctx", ids_of(first));
   out.next.resize(ids.size());
@@ -74,6 +79,41 @@ const test::Register shared("one index answers several threads at once", [] {
     threads.emplace_back([&index, &ids, &offsets, &mine] { mine = ask(index, ids, offsets); });
   for (std::thread& thread : threads) thread.join();
   for (const Answers& answers : got) expect(answers == expected, "answers");
+});
+
+// Documents that are removed, and the same where they are empty from the beginning.
+const test::Register removed("removed documents are as empty ones", [] {
+  test::Random random(13);
+  for (int round = 0; round < 20; ++round) {
+    auto documents = random_documents(random, 6, 20, 60);
+    documents.push_back(documents[3]);
+    const Folder with, without;
+    IndexInfo info = write_shard(with.path(), {6, 2, false, false, false}, documents);
+    std::vector<uint64_t> gone;
+    for (uint64_t d = 0; d < documents.size(); ++d)
+      if (random.below(2) == 0 || d == 0) gone.push_back(d);
+    const auto open = [](const Folder& folder, const IndexInfo& what) {
+      return Store::open(folder.descriptor(), folder.path(), what, Mode::kMmap, Verify::kFull,
+                         serial_for());
+    };
+    info.shards[0].files[kDel] = open(with, info)->write_removal(0, gone, with.path());
+    for (const uint64_t d : gone) documents[d].clear();
+    const Index ours(open(with, info), threads_for(2));
+    const Index theirs(
+        open(without, write_shard(without.path(), {6, 2, false, false, false}, documents)),
+        serial_for());
+    expect(std::ranges::equal(ours.store().removed(), gone), "removed");
+    expect(std::ranges::equal(ours.store().counts(), theirs.store().counts()), "counts");
+    std::vector<int64_t> ids, offsets{0};
+    for (int i = 0; i < 60; ++i) {
+      for (int64_t j = random.below(9); j >= 0; --j) ids.push_back(random.below(6));
+      offsets.push_back(static_cast<int64_t>(ids.size()));
+    }
+    Answers got = ask(ours, ids, offsets), want = ask(theirs, ids, offsets);
+    got.position.clear();  // texts differ
+    want.position.clear();
+    expect(got == want, "answers, round " + std::to_string(round));
+  }
 });
 
 const test::Register ids("ids are checked", [] {

@@ -23,7 +23,8 @@ using Text = std::vector<uint32_t>;
 
 constexpr uint32_t kSep = SmallShard::kSep;
 
-// Documents in several shards.
+// Documents in several shards. In some of the shards there are documents, too, that are removed:
+// these and the same backwards.
 class Corpus {
  public:
   Corpus(const std::vector<Ids>& documents, int64_t vocab, size_t shards, int32_t token_bytes)
@@ -35,10 +36,18 @@ class Corpus {
         text.push_back(kSep);
       }
       if (text.empty()) text.push_back(kSep);
+      const uint64_t removed_from = text.size();
+      for (size_t d = 0; d < documents.size() && (s + documents.size()) % 2 == 0; ++d) {
+        for (auto t = documents[d].rbegin(); t != documents[d].rend(); ++t)
+          text.push_back(static_cast<uint32_t>(*t));
+        for (const int64_t t : documents[d]) text.push_back(static_cast<uint32_t>(t));
+        text.push_back(kSep);
+      }
       shards_->emplace_back(text, SmallShard::Options{.token_bytes = token_bytes,
                                                       .pointer_bytes = s % 2 == 0 ? 4 : 5,
                                                       .vocab = static_cast<uint64_t>(vocab),
-                                                      .sparse = s % 3 == 1});
+                                                      .sparse = s % 3 == 1,
+                                                      .removed_from = removed_from});
     }
   }
 
@@ -242,8 +251,14 @@ const test::Register streaming("a stream equals the definition", [] {
 const test::Register flagged("flagged lists what peek flags", [] {
   for (uint32_t seed = 0; seed < 200; ++seed) {
     Random random(1000 + seed);
-    const World w = sample_world(random);
+    World w = sample_world(random);
     const Corpus unsafe(w.documents, w.vocab, static_cast<size_t>(1 + random.below(3)), 2);
+    if (random.below(2) == 0) {
+      std::vector<double> occurring(w.rule.surprisal.begin(), w.rule.surprisal.end());
+      for (size_t t = 0; t < occurring.size(); ++t)
+        if (unsafe.count(Ids{static_cast<int64_t>(t)}) == 0) occurring[t] = 0;
+      w.rule.occurring = std::make_shared<const RangeMax>(occurring);
+    }
     const Corpus harmless(w.harmless, w.vocab, 1, 2);
     const bool allowed = random.below(2) == 0;
     Matcher matcher(unsafe.source(), allowed ? std::optional(harmless.source()) : std::nullopt,
@@ -265,6 +280,23 @@ const test::Register flagged("flagged lists what peek flags", [] {
         if (flags[i] != 0) want.emplace_back(static_cast<int64_t>(i) / w.vocab, all[i]);
       expect(matcher.flagged() == want, "flagged, seed " + std::to_string(seed));
     }
+  }
+});
+
+const test::Register ranges("the largest of a range", [] {
+  Random random(5);
+  for (const int64_t size : {1, 2, 3, 7, 8, 100}) {
+    std::vector<double> values;
+    for (int64_t i = 0; i < size; ++i) values.push_back(static_cast<double>(random.below(1000)));
+    const RangeMax largest(values);
+    for (int64_t first = 0; first <= size; ++first)
+      for (int64_t last = first; last <= size + 2; ++last) {
+        double want = 0;
+        for (int64_t i = first; i <= std::min(last, size - 1); ++i)
+          want = std::max(want, values[static_cast<size_t>(i)]);
+        expect(largest.most(static_cast<uint64_t>(first), static_cast<uint64_t>(last)) == want,
+               "range");
+      }
   }
 });
 
