@@ -134,7 +134,7 @@ def kv_gather(
         caches: T tensors (B, H, S, D).
         rows: (B',) for each row of the result the row that it comes from; -1: it is not written.
         src: (B',) with `dst` and `length`: slots [src, src + length) go to [dst, dst + length).
-            None: all slots keep their places.
+            None: all slots keep their places, and all tensors have as many.
         dst: (B',) or None.
         length: (B',) or None.
         out: T tensors for the result. They may not share memory with `caches`, or must be `caches`
@@ -404,6 +404,19 @@ def _(
         f"{op}: length must be given exactly if src and dst are, got "
         f"{'none' if length is None else 'it'}",
     )
+    if length is None:
+        slots = min((t.shape[slot_dim] for t in caches), default=0)
+        for i, (t, target) in enumerate(zip(caches, out, strict=True)):
+            check(
+                t.shape[slot_dim] == slots,
+                f"{op}: length must be given for tensors of {slots} and {t.shape[slot_dim]} slots, "
+                "got none",
+            )
+            check(
+                target.shape[slot_dim] >= slots,
+                f"{op}: out must have at least {slots} slots (those of caches), got "
+                f"{target.shape[slot_dim]} at {i}",
+            )
     for name, t in (("rows", rows), ("src", src), ("dst", dst), ("length", length)):
         checks.check_ints(t, (count,), op, name)
 

@@ -91,7 +91,8 @@ class Transfer {
 // Slots [src, src + length) of each row go to [dst, dst + length) of the same row.
 Plan plan_shift(const char* op, Ints src, Ints dst, Ints length, int64_t rows, int64_t slots);
 
-// Row i of the result comes from row rows[i]; -1: it stays as it is. Without src: slots [0, slots).
+// Row i of the result comes from row rows[i]; -1: it stays as it is. Without length: all of
+// from_slots, which are at most to_slots, keep their places.
 struct GatherPlan {
   Ints rows;
   int64_t count;  // rows of the result
@@ -99,8 +100,6 @@ struct GatherPlan {
   bool in_place;  // then every row comes from itself
   int64_t from_rows, from_slots, to_slots;
 };
-// Without src, there must be room for all slots.
-void check_gather_slots(const char* op, const GatherPlan& args);
 Plan plan_gather(const char* op, const GatherPlan& args);
 
 // `counts` new columns of each row go to slots lens .. of the same row; without counts, all.

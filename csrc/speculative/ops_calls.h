@@ -78,6 +78,7 @@ inline GatherCall gather_call(const Tensors& caches, const Tensor& rows, const O
   ALIGNOPS_CHECK(src.has_value() == length.has_value() && dst.has_value() == length.has_value(), op,
                  ": length must be given exactly if src and dst are, got ",
                  length.has_value() ? "it" : "none");
+  if (!length.has_value()) check_whole_rows(call.from, call.to, op);
   call.plan = {as_ints(rows, {count}, op, "rows", device),
                count,
                as_ints(src, {count}, op, "src", device),

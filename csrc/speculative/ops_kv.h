@@ -99,6 +99,17 @@ inline void check_pairs(const std::vector<Tensor>& from, const Table& from_table
   }
 }
 
+// Whole rows go to other tensors: all have the same number of slots, and the others have room.
+inline void check_whole_rows(const Table& from, const Table& to, const char* op) {
+  const int64_t slots = slots_of(from);
+  for (size_t i = 0; i < from.size(); ++i) {
+    ALIGNOPS_CHECK(from[i].slots == slots, op, ": length must be given for tensors of ", slots,
+                   " and ", from[i].slots, " slots, got none");
+    ALIGNOPS_CHECK(to[i].slots >= slots, op, ": out must have at least ", slots,
+                   " slots (those of caches), got ", to[i].slots, " at ", i);
+  }
+}
+
 // No two written tensors, and no written one and one that is read, may share memory.
 inline void check_memory(const Table& written, const Table& read, const char* op,
                          const char* argument) {

@@ -128,6 +128,10 @@ def _bad_gather() -> Iterator[Invalid]:
     yield Invalid("expanded", (*head, [t[:1].expand_as(t) for t in args[5]], 2), "out")
     yield Invalid("no length", (*args[:4], None, *args[5:]), "length")
     yield Invalid("slot_dim of 0", (*args[:6], 0), "slot_dim")
+    whole = (ints(1, 0), None, None, None)
+    uneven = [args[0][0], args[0][1][:, :, :5]]
+    yield Invalid("other slots", (uneven, *whole, [t.clone() for t in uneven], 2), "length")
+    yield Invalid("no room", (args[0], *whole, [t[:, :, :5] for t in cache()], 2), "out")
 
 
 def _tree() -> Iterator[tuple[Any, ...]]:

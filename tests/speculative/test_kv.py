@@ -332,6 +332,19 @@ def test_gradients_are_refused() -> None:
         kv.ragged_append_([cache], [torch.zeros(1, 1, 1, 1)], zero)
 
 
+def test_layers_on_several_devices() -> None:
+    """One call per device, with a copy of the plan."""
+    cache, elsewhere = torch.arange(6.0).view(1, 1, 6, 1), torch.zeros(1, 1, 6, 1, device="meta")
+    plan = [torch.tensor([i]) for i in (0, 2, 4)]
+    kv.kv_shift_([elsewhere, cache], *plan)
+    assert cache.flatten().tolist() == [0, 1, 0, 1, 2, 3]
+    new = [torch.ones(1, 1, 1, 1, device=t.device) for t in (elsewhere, cache)]
+    kv.ragged_append_([elsewhere, cache], new, torch.tensor([5]))
+    assert cache.flatten().tolist() == [0, 1, 0, 1, 2, 1]
+    taken = kv.kv_gather([elsewhere, cache], torch.tensor([0, 0]))
+    assert [t.device.type for t in taken] == ["meta", "cpu"]
+
+
 def test_wrong_types_and_layouts() -> None:
     cache, zero = torch.zeros(1, 1, 2, 1), torch.zeros(1).int()
     with pytest.raises(TypeError, match="kv_shift_: caches must be tensors, got list at 0"):
