@@ -406,11 +406,11 @@ def _(
     )
     if length is None:
         slots = min((t.shape[slot_dim] for t in caches), default=0)
-        for i, (t, target) in enumerate(zip(caches, out, strict=True)):
+        for i, (source, target) in enumerate(zip(caches, out, strict=True)):
             check(
-                t.shape[slot_dim] == slots,
-                f"{op}: length must be given for tensors of {slots} and {t.shape[slot_dim]} slots, "
-                "got none",
+                source.shape[slot_dim] == slots,
+                f"{op}: length must be given for tensors of {slots} and {source.shape[slot_dim]} "
+                "slots, got none",
             )
             check(
                 target.shape[slot_dim] >= slots,
