@@ -12,7 +12,7 @@ namespace {
 
 constexpr int32_t kMantissaBits = 24;
 // Buckets with no more ids than this are listed.
-constexpr int64_t kListed = kTile;
+constexpr int64_t kListed = 256;
 
 // No id of the law has a larger key.
 uint64_t highest_key(const Law& law) {
@@ -27,24 +27,42 @@ Cut tighter(const Cut& a, const Cut& b) {
 
 }  // namespace
 
+// Counts the ids with keys in [low, high] by (high - key) >> shift, from the largest on until
+// `target` is reached; true if it is. Then `bucket` is the one where it is reached, else `reached`
+// has grown by all of them.
+bool RowLaw::reaches(bool by_count, uint64_t low, uint64_t high, int32_t shift, uint64_t target,
+                     uint64_t& reached, uint64_t& bucket) {
+  const uint64_t buckets = ((high - low) >> shift) + 1;
+  std::fill_n(counts_.get(), buckets, 0u);
+  std::fill_n(sums_.get(), buckets, uint64_t{0});
+  kernels_.histogram({&law_, low, high, shift, counts_.get(), sums_.get()}, 0, tiles_);
+  for (bucket = 0; bucket < buckets; ++bucket) {
+    const uint64_t weight = by_count ? counts_[bucket] : sums_[bucket];
+    if (reached + weight >= target) return true;
+    reached += weight;
+  }
+  return false;
+}
+
 // Keeps the shortest sequence of ids in falling order, equal keys by rising id, whose number or
 // weight, in units, reaches `target` > 0; all ids if they do not reach it.
 Cut RowLaw::select(bool by_count, uint64_t target) {
   const int32_t exponent_bits = law_.probabilities ? kMantissaBits - 1 : kMantissaBits;
   uint64_t high = highest_key(law_);
-  uint64_t low = 1, reached = 0;
+  uint64_t low = 0, reached = 0, bucket = 0;
+  // The target mostly lies among the few ids of the largest exponents, so windows of exponents are
+  // small at first. Weights further than kNegligible below the largest one have probability 0.
+  for (uint64_t exponents = 2, seen = 0;; ++exponents) {
+    const uint64_t window = exponents << exponent_bits;
+    low = high > window ? high - window + 1 : 1;
+    if (reaches(by_count, low, high, exponent_bits, target, reached, bucket)) break;
+    seen += exponents;
+    if (low == 1 || (!law_.probabilities && seen > kNegligible + 1)) return law_.cut;
+    high = low - 1;
+  }
   for (const int32_t shift : {exponent_bits, 12, 0}) {
-    // Ids below the window of exponents have probability 0.
-    const uint64_t window = static_cast<uint64_t>(kBuckets) << shift;
-    if (high > window) low = std::max(low, high - window + 1);
-    std::fill_n(counts_.get(), kBuckets, 0u);
-    std::fill_n(sums_.get(), kBuckets, uint64_t{0});
-    kernels_.histogram({&law_, low, high, shift, counts_.get(), sums_.get()}, 0, tiles_);
-    const auto weight = [&](uint64_t b) { return by_count ? counts_[b] : sums_[b]; };
-    const uint64_t buckets = ((high - low) >> shift) + 1;
-    uint64_t bucket = 0;
-    while (bucket < buckets && reached + weight(bucket) < target) reached += weight(bucket++);
-    if (bucket == buckets) return law_.cut;
+    if (shift != exponent_bits && !reaches(by_count, low, high, shift, target, reached, bucket))
+      return law_.cut;
     high -= bucket << shift;
     low = std::max(low, high - (uint64_t{1} << shift) + 1);
     if (counts_[bucket] > kListed) continue;

@@ -101,6 +101,8 @@ class RowLaw {
   void open(const Source& source, const Warp& warp);
   RowError scan();
   void sum_up();
+  bool reaches(bool by_count, uint64_t low, uint64_t high, int32_t shift, uint64_t target,
+               uint64_t& reached, uint64_t& bucket);
   Cut select(bool by_count, uint64_t target);
   Cut tie(uint64_t key, uint64_t number);
   void filter(const Warp& warp);
