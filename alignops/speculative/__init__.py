@@ -1,5 +1,16 @@
 """Speculative decoding of whole batches that says what the target alone would say."""
 
+from alignops.speculative.adapter import Batch as Batch
+from alignops.speculative.adapter import Drafter as Drafter
+from alignops.speculative.adapter import Drafts as Drafts
+from alignops.speculative.adapter import ModelAdapter as ModelAdapter
+from alignops.speculative.adapter import Sampling as Sampling
+from alignops.speculative.auto import AutoK as AutoK
+from alignops.speculative.caches import RaggedCache as RaggedCache
+from alignops.speculative.drafters import FunctionDrafter as FunctionDrafter
+from alignops.speculative.drafters import PromptLookup as PromptLookup
+from alignops.speculative.generate import SpecOutput as SpecOutput
+from alignops.speculative.generate import speculative_generate as speculative_generate
 from alignops.speculative.kv import RealignPlan as RealignPlan
 from alignops.speculative.kv import kv_gather as kv_gather
 from alignops.speculative.kv import kv_packed as kv_packed
@@ -14,6 +25,11 @@ from alignops.speculative.layout import build_mask as build_mask
 from alignops.speculative.layout import build_positions as build_positions
 from alignops.speculative.layout import build_tree as build_tree
 from alignops.speculative.layout import select_tree as select_tree
+from alignops.speculative.session import ParkedSequence as ParkedSequence
+from alignops.speculative.session import Round as Round
+from alignops.speculative.session import SpecSession as SpecSession
+from alignops.speculative.stability import check_row_invariance as check_row_invariance
+from alignops.speculative.stats import SpecStats as SpecStats
 from alignops.speculative.verify import Proposal as Proposal
 from alignops.speculative.verify import TreeOut as TreeOut
 from alignops.speculative.verify import VerifyOut as VerifyOut
