@@ -127,8 +127,8 @@ def speculative_generate(
         >>> model = LlamaForCausalLM(config).double().eval()
         >>> prompts = torch.tensor([[5, 6, 7], [8, 9, 1]])
         >>> plain = model.generate(prompts, max_new_tokens=9, do_sample=False, pad_token_id=0)
-        >>> out = speculative_generate(model, PromptLookup(2), prompts, max_new_tokens=9)
-        >>> torch.equal(out[:, : plain.shape[1]], plain)
+        >>> options = {"max_new_tokens": 9, "pad_token_id": 0}
+        >>> torch.equal(speculative_generate(model, PromptLookup(2), prompts, **options), plain)
         True
     """
     adapter = as_adapter(target)
