@@ -21,6 +21,8 @@ _PRIOR = 0.6
 _SLOPE = 0.15
 # Times that are older than this many rounds, or more than this many, say nothing.
 _KEEP_ROUNDS, _KEEP = 256, 7
+# Drafts that cost less than this share of a plain forward are free.
+_FREE = 0.02
 # While nothing is drafted, one draft is tried after this many rounds, then after twice as many.
 _FIRST_PROBE, _LAST_PROBE = 16, 128
 
@@ -45,8 +47,12 @@ class AutoK:
     lines between those that were. Where drafting does not pay, K is 0; then a single draft is tried
     now and then, so that a text that becomes easy is noticed.
 
+    Drafts that cost next to nothing, such as those of a lookup, are always asked for. Which rows
+    have some is known then, and `width` decides how many columns the target is to compute.
+
     Args:
         max_drafts: the largest K.
+        trims: the caller asks `width` after it has the drafts.
 
     Raises:
         ValueError: max_drafts is below 1.
@@ -62,9 +68,10 @@ class AutoK:
         8
     """
 
-    def __init__(self, max_drafts: int = 8) -> None:
+    def __init__(self, max_drafts: int = 8, trims: bool = False) -> None:
         check(max_drafts >= 1, f"AutoK: max_drafts must be at least 1, got {max_drafts}")
         self.max_drafts = max_drafts
+        self.trims = trims
         self._round = self._last_asked = 0
         self._tested = self._accepted = 0.0
         # Rows that were asked for drafts, that had some; columns asked for, and computed.
@@ -87,15 +94,39 @@ class AutoK:
             rows: B, rows of the target's next forward.
         """
         points = self._points(rows)
-        best = max(range(self.max_drafts + 1), key=lambda k: self._rate(points, k))
-        if best:
-            self._idle, self._probe = 0, _FIRST_PROBE
+        cost = self._draft.value() * self.max_drafts
+        if self.trims and 0 < cost < _FREE * _forward(points, 1):
+            return self.max_drafts
+        return self._probed(
+            max(range(self.max_drafts + 1), key=lambda k: self._rate(points, k)), probe=1
+        )
+
+    def width(self, rows: int, offered: Sequence[int]) -> int:
+        """How many columns of drafts are worth computing.
+
+        Args:
+            rows: B, rows of the target's forward.
+            offered: drafts of each active row.
+        """
+        points, alpha = self._points(rows), self.acceptance
+        most = max(offered, default=0)
+
+        def rate(width: int) -> float:
+            tokens = sum(expected_tokens(alpha, min(k, width)) for k in offered)
+            return tokens / _forward(points, 1 + width)
+
+        return self._probed(max(range(most + 1), key=rate), probe=min(1, most))
+
+    def _probed(self, best: int, probe: int) -> int:
+        """The best number, or now and then `probe` where that is 0."""
+        if best or not probe:
+            self._idle, self._probe = (0, _FIRST_PROBE) if best else (self._idle, self._probe)
             return best
         self._idle += 1
         if self._idle <= self._probe:
             return 0
         self._idle, self._probe = 0, min(2 * self._probe, _LAST_PROBE)
-        return 1
+        return probe
 
     def observe(
         self,
@@ -121,6 +152,8 @@ class AutoK:
         """
         self._round += 1
         if asked:
+            self._draft.add(self._round, draft_seconds / asked)
+        if width or (asked and not self.trims):
             self._forget(_DECAY ** (self._round - self._last_asked))
             self._last_asked = self._round
             pairs = list(zip(offered, accepted, strict=True))
@@ -130,7 +163,6 @@ class AutoK:
             self._offering += sum(k > 0 for k, _ in pairs)
             self._columns_asked += asked
             self._columns += width
-            self._draft.add(self._round, draft_seconds / asked)
         if rows not in self._warm:  # the first forward of a shape does what is done once
             self._warm.add(rows)
             return

@@ -27,11 +27,12 @@ class Machine:
         self.forward, self.draft, self.rows, self.noise = forward, draft, rows, noise
         self.alpha, self.offering = alpha, offering
         self.rng = np.random.default_rng(1)
-        self.seconds, self.tokens, self.chosen = 0.0, 0, list[int]()
+        self.seconds, self.tokens = 0.0, 0
+        self.chosen, self.widths = list[int](), list[int]()
 
-    def run(self, auto: AutoK | None, rounds: int, fixed: int = 0) -> None:
+    def run(self, auto: AutoK, rounds: int) -> None:
         for _ in range(rounds):
-            k = fixed if auto is None else auto.choose(self.rows)
+            k = auto.choose(self.rows)
             has = self.rng.random(self.rows) < self.offering
             offered = [k if h else 0 for h in has]
             lucky = self.rng.random((self.rows, k)) < self.alpha
@@ -39,21 +40,25 @@ class Machine:
                 int(np.cumprod(row[:n]).sum()) for row, n in zip(lucky, offered, strict=True)
             ]
             width = max(offered)
+            if auto.trims:
+                width = auto.width(self.rows, offered)
+                offered = [min(n, width) for n in offered]
+                accepted = [min(a, width) for a in accepted]
             noise = np.exp(self.noise * self.rng.standard_normal())
             target, draft = self.forward(width + 1) * noise, self.draft * k
-            if auto is not None:
-                auto.observe(
-                    rows=self.rows,
-                    asked=k,
-                    width=width,
-                    offered=offered,
-                    accepted=accepted,
-                    draft_seconds=draft,
-                    target_seconds=target,
-                )
+            auto.observe(
+                rows=self.rows,
+                asked=k,
+                width=width,
+                offered=offered,
+                accepted=accepted,
+                draft_seconds=draft,
+                target_seconds=target,
+            )
             self.seconds += target + draft
             self.tokens += sum(accepted) + self.rows
             self.chosen.append(k)
+            self.widths.append(width)
 
     @property
     def speed(self) -> float:
@@ -74,11 +79,9 @@ def test_expected_tokens_are_a_geometric_sum() -> None:
 @pytest.mark.parametrize("draft", [0.0, 0.05, 0.2])
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 0.8, 0.95])
 def test_speed_is_near_that_of_the_best_fixed_k(slope: float, draft: float, alpha: float) -> None:
-    best = 0.0
-    for k in range(KMAX + 1):
-        machine = Machine(line(slope), draft, alpha)
-        machine.run(None, 400, fixed=k)
-        best = max(best, machine.speed)
+    best = max(
+        8 * expected_tokens(alpha, k) / (line(slope)(k + 1) + draft * k) for k in range(KMAX + 1)
+    )
     machine = Machine(line(slope), draft, alpha, noise=0.05)
     machine.run(AutoK(KMAX), 400)
     assert machine.speed > 0.93 * best
@@ -126,6 +129,38 @@ def test_one_row_pays_only_for_columns_that_were_computed() -> None:
     machine = Machine(line(0.1), 0.0, 0.95, rows=1, offering=0.3)
     machine.run(AutoK(KMAX), 300)
     assert np.mean(machine.chosen[-100:]) > 4
+
+
+@pytest.mark.parametrize("offering", [0.1, 0.4, 1.0])
+@pytest.mark.parametrize("alpha", [0.1, 0.6, 0.9])
+def test_columns_of_free_drafts_are_chosen_by_who_has_some(offering: float, alpha: float) -> None:
+    # Best on average: for each set of rows with drafts, the width of most tokens per second.
+    free, forward = 1e-4, line(0.25)
+    best = Machine(forward, free, alpha, offering=offering)
+    for _ in range(400):
+        count = int((best.rng.random(8) < offering).sum())
+        width = max(
+            range(8), key=lambda w: (8 + count * (expected_tokens(alpha, w) - 1)) / forward(w + 1)
+        )
+        width = width if count else 0
+        best.seconds += forward(width + 1)
+        best.tokens += 8 + count * (expected_tokens(alpha, width) - 1)
+    machine = Machine(forward, free, alpha, offering=offering, noise=0.05)
+    machine.run(AutoK(KMAX, trims=True), 400)
+    assert machine.speed > 0.95 * best.speed
+    whole = Machine(forward, free, alpha, offering=offering, noise=0.05)
+    whole.run(AutoK(KMAX), 400)
+    assert machine.speed > 0.97 * whole.speed
+    assert machine.speed > 0.97 * 8
+
+
+def test_trimmed_to_nothing_is_left_when_the_text_becomes_easy() -> None:
+    machine, auto = Machine(line(0.25), 1e-4, 0.02), AutoK(KMAX, trims=True)
+    machine.run(auto, 150)
+    assert machine.widths[-8:] == [0] * 8
+    machine.alpha = 0.95
+    machine.run(auto, 200)
+    assert min(machine.widths[-40:]) >= 3
 
 
 def test_cost_of_another_number_of_rows_is_taken_over() -> None:
