@@ -14,6 +14,7 @@ from alignops._checks import check
 from alignops.speculative.adapter import Drafter, ModelAdapter, Sampling
 from alignops.speculative.auto import AutoK
 from alignops.speculative.drafters import FunctionDrafter
+from alignops.speculative.model_drafter import ModelDrafter
 from alignops.speculative.pool import Job, Pool
 from alignops.speculative.schedule import WINDOW, Exspec, Refill, Scheduler, Static
 from alignops.speculative.session import Round, SpecSession
@@ -282,7 +283,9 @@ def as_drafter(draft: Any, target: ModelAdapter) -> Drafter | None:
     if draft is None or hasattr(draft, "propose"):
         drafter: Drafter | None = draft
         return drafter
-    if callable(draft) and not hasattr(draft, "config"):
+    if isinstance(draft, ModelAdapter) or hasattr(draft, "config"):
+        return ModelDrafter(as_adapter(draft))
+    if callable(draft):
         return FunctionDrafter(draft)
     raise TypeError(
         "draft must be a model, a Drafter, a callable (tokens, lengths, k) or None, got "

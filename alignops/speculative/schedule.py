@@ -87,8 +87,9 @@ class Exspec:
         rows = pool.session.rows
         if len(window) <= rows:
             return window
-        overdue = [job for job in window if job.age >= self.max_age][:rows]
+        overdue = [job for job in window if job.age >= self.max_age]
         if overdue:
+            overdue = sorted(overdue, key=lambda job: -job.age)[:rows]
             target = pool.aligned(overdue[0])
             rest = [job for job in window if all(job is not other for other in overdue)]
             rest.sort(key=lambda job: (abs(pool.aligned(job) - target), not job.started))

@@ -120,6 +120,29 @@ def test_neighbours_batch_and_order_change_nothing() -> None:
             assert generated(out, chosen) == [alone[i] for i in order]
 
 
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize(("kind", "seed", "vocab"), [("rope", None, VOCAB), ("learned", 1, 31)])
+def test_a_model_drafts(scheduler: str, kind: str, seed: int | None, vocab: int) -> None:
+    """The target itself, and a stranger with more ids."""
+    net, asked = model("rope"), prompts([3, 6, 1, 9])
+    expected = texts(net, asked, 13)
+    for count in (1, 4):
+        out = speculative_generate(
+            net,
+            model(kind, seed, vocab),
+            asked,
+            max_new_tokens=13,
+            num_draft_tokens=count,
+            scheduler=scheduler,
+            batch_size=2,
+            return_stats=True,
+            debug=True,
+        )
+        assert generated(out, asked) == expected
+        if kind == "rope":
+            assert out.stats.acceptance == 1
+
+
 # Ends of texts
 
 
