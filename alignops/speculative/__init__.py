@@ -9,6 +9,7 @@ from alignops.speculative.auto import AutoK as AutoK
 from alignops.speculative.caches import RaggedCache as RaggedCache
 from alignops.speculative.drafters import FunctionDrafter as FunctionDrafter
 from alignops.speculative.drafters import PromptLookup as PromptLookup
+from alignops.speculative.driver import Text as Text
 from alignops.speculative.generate import SpecOutput as SpecOutput
 from alignops.speculative.generate import speculative_generate as speculative_generate
 from alignops.speculative.kv import RealignPlan as RealignPlan
@@ -25,6 +26,16 @@ from alignops.speculative.layout import build_mask as build_mask
 from alignops.speculative.layout import build_positions as build_positions
 from alignops.speculative.layout import build_tree as build_tree
 from alignops.speculative.layout import select_tree as select_tree
+from alignops.speculative.model_drafter import ModelDrafter as ModelDrafter
+from alignops.speculative.nudge import NudgeOutput as NudgeOutput
+from alignops.speculative.nudge import nudge_generate as nudge_generate
+from alignops.speculative.nudges import word_starts as word_starts
+from alignops.speculative.prompted import PromptedDrafter as PromptedDrafter
+from alignops.speculative.prompted import id_map_of as id_map_of
+from alignops.speculative.rsd import RsdOutput as RsdOutput
+from alignops.speculative.rsd import keeps_trace as keeps_trace
+from alignops.speculative.rsd import rsd_generate as rsd_generate
+from alignops.speculative.rsd import select_trace as select_trace
 from alignops.speculative.session import ParkedSequence as ParkedSequence
 from alignops.speculative.session import Round as Round
 from alignops.speculative.session import SpecSession as SpecSession

@@ -132,6 +132,15 @@ class Drafts:
     logits: Tensor | None = None
     stats: Any = None
 
+    def first(self, width: int) -> Drafts:
+        """The first columns."""
+        logits, stats = self.logits, self.stats
+        return Drafts(
+            self.ids[:, :width],
+            None if logits is None else logits[:, :width],
+            None if stats is None else stats[:, :width],
+        )
+
 
 class Drafter(Protocol):
     """Guesses the next tokens of each row.

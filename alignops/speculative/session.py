@@ -29,6 +29,8 @@ from alignops.speculative.verify import VerifyOut, verify
 
 #: Rules that take the drafter's logits into account.
 RULES_WITH_PROPOSALS = ("lossless", "block", "rsd")
+#: Rules that may emit nothing but drafts: a row without drafts would never end.
+RULES_OF_DRAFTS = ("rsd", "nudge")
 _FINISHED = ("", "eos", "length", "stop")
 _STOP = 3
 
@@ -147,6 +149,11 @@ class SpecSession:
         self.num_draft_tokens = num_draft_tokens if drafter is not None else 0
         self.most_drafts = self.num_draft_tokens
         self.rule = rule
+        check(
+            rule not in RULES_OF_DRAFTS or self.num_draft_tokens > 0,
+            f"SpecSession: num_draft_tokens must be at least 1, and drafter given, where rule is "
+            f"{rule}, got {self.num_draft_tokens}",
+        )
         self.params = dict(params or {})
         self.sampling = replace(
             sampling,
@@ -353,8 +360,9 @@ class SpecSession:
             raise RuntimeError("draft: no row is active")
         batch = self.batch()
         n, device = len(batch.host_lengths), self.target.device
+        follows = 0 if self.rule in RULES_OF_DRAFTS else 1
         most = [
-            min(self.most_drafts, max(row.remaining - 1, 0)) if row.active else 0
+            min(self.most_drafts, max(row.remaining - follows, 0)) if row.active else 0
             for row in self._host[:n]
         ]
         width = max(most)
