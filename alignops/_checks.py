@@ -41,6 +41,15 @@ def check_layout(
     check(t.is_contiguous(), f"{op}: {argument} must be contiguous, got strides {t.stride()}")
 
 
+def check_devices(op: str, like: Tensor, **tensors: Tensor | None) -> None:
+    """ValueError unless all tensors are on the device of `like`."""
+    for name, t in tensors.items():
+        check(
+            t is None or t.device == like.device,
+            f"{op}: {name} must be on {like.device}, got {None if t is None else t.device}",
+        )
+
+
 def ceil_div(a: int, b: int) -> int:
     """The quotient a / b, rounded up."""
     return -(-a // b)

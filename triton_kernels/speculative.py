@@ -138,6 +138,7 @@ def verify(
     rule: Rule,
     warp: Warp,
     words: Words,
+    out: Outputs,
     *,
     draft: Tensor | None = None,
     draft_stats: Tensor | None = None,
@@ -146,14 +147,13 @@ def verify(
     remaining: Tensor | None = None,
     state: Tensor | None = None,
     block: int = TILE,
-) -> Outputs:
-    """The operator `speculative_verify`. `block` divides 4096."""
+) -> None:
+    """Fills `out` as the operator `speculative_verify`. `block` divides 4096."""
     b, k = drafts.shape
     with device_of(target):
-        out = Outputs.empty(b, k + 1, target)
         if b == 0:
             out.cu_emitted.zero_()
-            return out
+            return
         # The student's test of `rsd` looks at its law as it is.
         plain = rule.name == "rsd" and not rule.warped
         test = Warp(torch.ones_like(warp.temperature)) if plain else warp
@@ -197,7 +197,6 @@ def verify(
             rule.name in ("lossless", "block", "threshold", "rsd"),
             retries=retries, OWN=own is not p, TREE=False, REPLACEMENT=False, **flags,
         )  # fmt: skip
-    return out
 
 
 def _finish(
@@ -254,9 +253,11 @@ def verify_tree(
     target: Tensor,
     tokens: Tensor,
     parent: Tensor,
-    rule: str,
+    rule: int,
     warp: Warp,
     words: Words,
+    path: Tensor,
+    out: Outputs,
     *,
     draft: Tensor | None = None,
     replacement: bool = False,
@@ -265,17 +266,15 @@ def verify_tree(
     remaining: Tensor | None = None,
     active: Tensor | None = None,
     block: int = TILE,
-) -> tuple[Tensor, Outputs]:
-    """The operator `speculative_verify_tree`: (path, the rest). `block` divides 4096."""
+) -> None:
+    """Fills `path` and `out` as the operator `speculative_verify_tree`. `block` divides 4096."""
     b, n = tokens.shape
     with device_of(target):
-        out = Outputs.empty(b, n, target)
-        path = out.accept_len.new_empty((b, n))
         if b == 0:
             out.cu_emitted.zero_()
-            return path, out
+            return
         every = Drafts(None, (b, n), active=active)
-        draws = rule != "greedy"
+        draws = rule != trees.TREE_GREEDY.value
         p = read(target, is_probs, every, warp, 0, sums=draws, block=block)
         q = None if draft is None else read(draft, is_probs, every, warp, 0, block=block)
         following = tokens.new_empty(b)
@@ -288,7 +287,7 @@ def verify_tree(
             *(p.records, *_of_drafter(q), words.seeds, words.positions, *totals, path, chosen),
             *(out.accept_len, following, request, out.source, out.row_error, out.zero_q),
             *(n, p.size, size),
-            RULE=trees.TREE_RULES.index(rule), REPLACEMENT=replacement, IS_PROBS=is_probs,
+            RULE=rule, REPLACEMENT=replacement, IS_PROBS=is_probs,
             HAS_ACTIVE=active is not None, N_PAD=triton.next_power_of_2(n), BLOCK=block,
             **warp.flags, **WIDE,
         )  # fmt: skip
@@ -298,25 +297,24 @@ def verify_tree(
             TREE=True, REPLACEMENT=replacement, IS_PROBS=is_probs, HAS_DRAFT=q is not None,
             HAS_WORDS=False,
         )  # fmt: skip
-    return path, out
 
 
 def propose(
     logits: Tensor,
     words: Words,
     warp: Warp,
+    ids: Tensor,
+    stats: Tensor,
+    errors: Tensor,
     *,
     race: bool = False,
     block: int = TILE,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator `speculative_propose`: ids (B,), statistics (B, 6), row errors (B,)."""
+) -> None:
+    """Fills ids, stats and errors as the operator `speculative_propose`. `block` divides 4096."""
     b = logits.shape[0]
     with device_of(logits):
-        ids = logits.new_empty(b, dtype=torch.int64)
-        stats = ids.new_empty((b, steps.STATS.value))
-        errors = ids.new_empty(b, dtype=torch.uint8)
         if b == 0:
-            return ids, stats, errors
+            return
         rows = Drafts(ids.new_empty((b, 0)), (b, 0))
         p = read(logits.unsqueeze(1), False, rows, warp, 1, block=block)
         sums = ratios = winners = None
@@ -335,4 +333,3 @@ def propose(
             *(p.size, p.tiles),
             RACE=race, T_PAD=triton.next_power_of_2(p.tiles), BLOCK=block, **warp.flags, **WIDE,
         )  # fmt: skip
-    return ids, stats, errors

@@ -6,8 +6,9 @@ Letters: B sequences, K drafts, V ids (Vd of the drafter), T tiles of 4096 ids.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from . import speculative_rows as rows
 from . import speculative_stats as steps
+from .speculative_chains import RULES
 
 TILE = 4096
 RECORD = rows.RECORD.value
@@ -107,9 +109,9 @@ class Laws:
 
     @property
     def strides(self) -> tuple[int, int]:
-        """Of sequences and of their rows; packed ones have the latter only."""
+        """Of sequences and of their rows; of packed ones the number and the stride of rows."""
         s = self.logits.stride()
-        return (0, s[0]) if self.logits.dim() == 2 else (s[0], s[1])
+        return (self.logits.shape[0], s[0]) if self.logits.dim() == 2 else (s[0], s[1])
 
 
 def read(
@@ -194,6 +196,33 @@ class Rule:
     eos_lookahead: int = 16
     given: Tensor | None = None  # int32 (B,)
 
+    @classmethod
+    def of(
+        cls, code: int, numbers: Sequence[float], word_start: Tensor | None, given: Tensor | None
+    ) -> Rule:
+        """The rule of the operator `speculative_verify`."""
+        name = RULES[code]
+        rule = cls(name, word_start=word_start, given=given)
+        if name == "typical":
+            return replace(rule, eps=numbers[0], delta=numbers[1])
+        if name == "relaxed":
+            return replace(rule, m=int(numbers[0]), r=numbers[1], below_best=numbers[2])
+        if name == "threshold":
+            return replace(rule, t_single=numbers[0], t_acc=numbers[1])
+        if name == "rsd":
+            p_th, top_n, trials, retry, warped = numbers
+            return replace(
+                rule,
+                p_th=p_th,
+                top_n=int(top_n),
+                trials=int(trials),
+                retry=int(retry),
+                warped=warped != 0,
+            )
+        if name == "nudge":
+            return replace(rule, gamma=numbers[0], eos_lookahead=int(numbers[1]))
+        return rule
+
 
 @dataclass(frozen=True)
 class Words:
@@ -221,22 +250,7 @@ class Outputs:
     zero_q: Tensor
 
     @classmethod
-    def empty(cls, b: int, width: int, like: Tensor) -> Outputs:
-        """Tensors of the right shape, for up to `width` tokens of a sequence."""
-
-        def new(*shape: int, dtype: torch.dtype) -> Tensor:
-            return like.new_empty(shape, dtype=dtype)
-
-        return cls(
-            accept_len=new(b, dtype=torch.int32),
-            next_token=new(b, dtype=torch.int64),
-            num_emitted=new(b, dtype=torch.int32),
-            tokens=new(b, width, dtype=torch.int64),
-            cu_emitted=new(b + 1, dtype=torch.int32),
-            flat=new(b * width, dtype=torch.int64),
-            source=new(b, width, dtype=torch.uint8),
-            finished=new(b, dtype=torch.uint8),
-            row_error=new(b, dtype=torch.uint8),
-            state=new(b, dtype=torch.uint8),
-            zero_q=new(b, dtype=torch.int32),
-        )
+    def of_tree(cls, *results: Tensor) -> Outputs:
+        """Those of a tree, which has no state."""
+        *most, zero_q = results
+        return cls(*most, torch.empty_like(most[-1]), zero_q)

@@ -69,9 +69,10 @@ def fault_of_warp(
 
 @triton.jit
 def row_start(x, b, i, cu, stride_b, stride_i, PACKED: tl.constexpr):
-    """Pointer to row i of sequence b."""
+    """Pointer to row i of sequence b; of packed logits `stride_b` is the number of all rows."""
     if PACKED:
-        return x + (tl.load(cu + b).to(tl.int64) + i) * stride_i
+        row = tl.load(cu + b).to(tl.int64) + i
+        return x + tl.maximum(tl.minimum(row, stride_b - 1), 0) * stride_i
     else:
         return x + b.to(tl.int64) * stride_b + i.to(tl.int64) * stride_i
 

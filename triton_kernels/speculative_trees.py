@@ -38,7 +38,7 @@ from .speculative_rows import (
     temperature_of,
 )
 
-TREE_RULES = ("greedy", "tree_target", "tree_rrs")
+# Codes of the operator.
 TREE_GREEDY, TREE_TARGET, TREE_RRS = (tl.constexpr(i) for i in range(3))
 
 

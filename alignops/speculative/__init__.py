@@ -1,5 +1,6 @@
 """Speculative decoding of whole batches that says what the target alone would say."""
 
+from alignops.speculative import _triton as _triton
 from alignops.speculative.adapter import Batch as Batch
 from alignops.speculative.adapter import Drafter as Drafter
 from alignops.speculative.adapter import Drafts as Drafts

@@ -131,7 +131,7 @@ def _results(like: Tensor, b: int, width: int) -> tuple[Tensor, ...]:
 
 
 @torch.library.register_fake("alignops::speculative_verify")
-def _(
+def verify_outputs(
     target: Tensor,
     draft_ids: Tensor,
     draft: Tensor | None,
@@ -155,6 +155,7 @@ def _(
     active: Tensor | None,
     is_probs: bool,
 ) -> tuple[Tensor, ...]:
+    """Results of `speculative_verify`, not yet filled."""
     op = "speculative_verify"
     check(
         draft_ids.dim() == 2,
@@ -205,7 +206,7 @@ def _(
 
 
 @torch.library.register_fake("alignops::speculative_propose")
-def _(
+def propose_outputs(
     logits: Tensor,
     seeds: Tensor,
     positions: Tensor,
@@ -215,6 +216,7 @@ def _(
     min_p: Tensor | None,
     race: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Results of `speculative_propose`, not yet filled."""
     op = "speculative_propose"
     check(logits.dim() == 2, f"{op}: logits must have shape (b, ids), got {tuple(logits.shape)}")
     b = logits.shape[0]
@@ -229,7 +231,7 @@ def _(
 
 
 @torch.library.register_fake("alignops::speculative_verify_tree")
-def _(
+def verify_tree_outputs(
     target: Tensor,
     tokens: Tensor,
     parent: Tensor,
@@ -247,6 +249,7 @@ def _(
     active: Tensor | None,
     is_probs: bool,
 ) -> tuple[Tensor, ...]:
+    """Results of `speculative_verify_tree`, not yet filled."""
     op = "speculative_verify_tree"
     check(
         tokens.dim() == 2 and 1 <= tokens.shape[1] <= _MAX_NODES,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignops._checks import check_devices
 from alignops.ternary import ops
 
 _library = torch.library.Library("alignops", "FRAGMENT")
@@ -22,12 +23,6 @@ def _kernels() -> Any:
     from alignops.triton_kernels import ternary
 
     return ternary
-
-
-def _check_devices(op: str, x: Tensor, **tensors: Tensor | None) -> None:
-    for name, t in tensors.items():
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{op}: {name} must be on {x.device}, got {t.device}")
 
 
 def _linear(
@@ -42,21 +37,21 @@ def _linear(
     act: int,
     layout: int,
 ) -> Tensor:
-    _check_devices("ternary_linear", x, packed=packed, scale=scale, bias=bias)
+    check_devices("ternary_linear", x, packed=packed, scale=scale, bias=bias)
     y: Tensor = ops.linear_output(x, packed, scale, bias, n, k, group, stride, act, layout)
     _kernels().linear(x, packed, scale, bias, y, k, group, stride, act)
     return y
 
 
 def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, act: int) -> Tensor:
-    _check_devices("ternary_int8_linear", x, weight=weight, scale=scale, bias=bias)
+    check_devices("ternary_int8_linear", x, weight=weight, scale=scale, bias=bias)
     y: Tensor = ops.int8_linear_output(x, weight, scale, bias, act)
     _kernels().int8_linear(x, weight, scale, bias, y, act)
     return y
 
 
 def _fake_quant(w: Tensor, lam: Tensor, group: int, stride: int, dtype: torch.dtype) -> Tensor:
-    _check_devices("ternary_fake_quant", w, lam=lam)
+    check_devices("ternary_fake_quant", w, lam=lam)
     out: Tensor = ops.fake_quant_output(w, lam, group, stride, dtype)
     _kernels().fake_quant(w, lam, out, group, stride)
     return out

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from alignops.reference.speculative import Tree, laws, rules
 
 pytest.importorskip("triton", reason="triton is not installed")
 from alignops.triton_kernels import speculative as kernels
 from alignops.triton_kernels.speculative_launch import Warp, Words
-from tests.speculative.triton_batches import DEVICE, Batch, to_device, wide
+from tests.speculative.triton_batches import DEVICE, Batch, outputs, to_device, wide
 
 # Trees
+
+
+# By the codes of the operator.
+WALKS = {
+    "greedy": rules.tree_greedy,
+    "tree_target": rules.tree_target,
+    "tree_rrs": rules.tree_rrs,
+}
 
 
 @dataclass
@@ -54,13 +62,17 @@ class Forest:
         self.remaining = torch.from_numpy(rng.integers(0, 6, b).astype(np.int32))
 
     def check(self) -> None:
-        path, out = kernels.verify_tree(
+        out = outputs(self.b, self.n)
+        path = torch.full((self.b, self.n), 113, dtype=torch.int32, device=DEVICE)
+        kernels.verify_tree(
             self.target.to(DEVICE),
             self.tokens.to(DEVICE),
             self.parent.to(DEVICE),
-            self.rule,
+            list(WALKS).index(self.rule),
             Warp(torch.full((self.b,), self.temperature, device=DEVICE)),
             Words(to_device(self.seeds), to_device(self.positions)),
+            path,
+            out,
             draft=to_device(self.draft),
             replacement=self.replacement,
             eos_ids=(3,),
@@ -80,12 +92,8 @@ class Forest:
                 int(self.seeds[i]),
                 int(self.positions[i]),
             )
-            walk = {
-                "greedy": rules.tree_greedy,
-                "tree_target": rules.tree_target,
-                "tree_rrs": functools.partial(rules.tree_rrs, replacement=self.replacement),
-            }[self.rule]
-            expected = walk(tree)
+            options = {"replacement": self.replacement} if self.rule == "tree_rrs" else {}
+            expected = WALKS[self.rule](tree, **options)
             tokens = [int(self.tokens[i, node]) for node in expected.nodes[1:]]
             tokens.append(int(expected.following))
             limit = int(self.remaining[i])
@@ -120,13 +128,16 @@ def test_what_is_no_tree() -> None:
     forest.tokens[2, 1], forest.parent[2, 3] = -1, 1
     forest.tokens[3, 2:] = -1
     forest.parent[3, 1], forest.parent[3, 2] = 0, 77
-    _, out = kernels.verify_tree(
+    out = outputs(5, 4)
+    kernels.verify_tree(
         forest.target.to(DEVICE),
         forest.tokens.to(DEVICE),
         forest.parent.to(DEVICE),
-        "tree_target",
+        list(WALKS).index("tree_target"),
         Warp(torch.ones(5, device=DEVICE)),
         Words(to_device(forest.seeds), to_device(forest.positions)),
+        torch.empty(5, 4, dtype=torch.int32, device=DEVICE),
+        out,
         active=torch.tensor([True, True, True, True, False], device=DEVICE),
     )
     assert out.row_error.tolist() == [3, 3, 3, 0, 0]
@@ -138,14 +149,22 @@ def test_what_is_no_tree() -> None:
 # One draft step
 
 
+def propose(batch: Batch, logits: Tensor, position: int = 0, race: bool = False) -> list[Tensor]:
+    """(ids, statistics, errors)"""
+    out = [torch.zeros(batch.b, *shape, dtype=torch.int64, device=DEVICE) for shape in ((), (6,))]
+    out.append(torch.zeros(batch.b, dtype=torch.uint8, device=DEVICE))
+    words = Words(to_device(batch.seeds), to_device(batch.positions + position))
+    kernels.propose(logits.to(DEVICE), words, batch.warp(), *out, race=race)
+    return out
+
+
 @pytest.mark.parametrize("filters", [{}, {"top_k": 6, "top_p": 0.9}, {"min_p": 0.1}], ids=str)
 def test_propose(filters: dict[str, float]) -> None:
     batch = Batch("lossless", b=5, k=0, v=4200, filters=filters, seed=20)
     batch.temperatures[3] = -1
     logits = batch.target[:, 0]
-    words = Words(to_device(batch.seeds), to_device(batch.positions))
-    ids, stats, errors = kernels.propose(logits.to(DEVICE), words, batch.warp())
-    raced, *_ = kernels.propose(logits.to(DEVICE), words, batch.warp(), race=True)
+    ids, stats, errors = propose(batch, logits)
+    raced, *_ = propose(batch, logits, race=True)
     assert errors.tolist() == [0, 0, 0, 4, 0]
     assert ids[2] == raced[2] == logits[2].argmax()
     assert ids[3] == raced[3] == -1
@@ -168,8 +187,7 @@ def test_statistics_of_a_draft_step_replace_the_read() -> None:
     batch.lens[:] = batch.k
     known = []
     for i in range(batch.k):
-        words = Words(to_device(batch.seeds), to_device(batch.positions + i))
-        ids, stats, _ = kernels.propose(batch.draft[:, i].to(DEVICE), words, batch.warp())
+        ids, stats, _ = propose(batch, batch.draft[:, i], i)
         batch.ids[:, i] = ids.cpu()
         known.append(stats)
     expected = batch.run()

@@ -33,13 +33,8 @@ from alignops.triton_kernels import (
     speculative_stats,
     speculative_trees,
 )
-from alignops.triton_kernels.speculative_launch import (
-    DESCEND,
-    Drafts,
-    Rule,
-    Warp,
-    Words,
-)
+from alignops.triton_kernels.speculative_launch import DESCEND, Drafts, Rule, Warp, Words
+from tests.speculative.triton_batches import outputs
 
 MODULES = [
     speculative_chains,
@@ -168,58 +163,37 @@ def launch_all() -> None:
     """Every launcher, with what changes the code of its kernels."""
     b, k, v = 4, 3, 9000
     numbers, reals = torch.zeros(b, dtype=torch.int32), torch.ones(b)
-    ids = torch.zeros(b, k, dtype=torch.int64)
+    ids, tokens = (torch.zeros(b, n, dtype=torch.int64) for n in (k, k + 1))
     seeds = torch.zeros(b, dtype=torch.int64)
     words = Words(seeds, seeds)
+    given = Words(seeds, seeds, torch.zeros(b, k + 1, 2, dtype=torch.uint32))
     plain, cut = Warp(reals), Warp(reals, numbers, reals, reals)
     logits = torch.zeros(b, k + 1, v, dtype=torch.bfloat16)
+    drafter = logits[:, :k]
     live = torch.ones(b, dtype=torch.bool)
     state = torch.zeros(b, dtype=torch.uint8)
     starts = torch.ones(v, dtype=torch.bool)
+    out = outputs(b, k + 1)
+    chain, whole = Drafts(ids, (b, k), numbers, None, live), Drafts(ids, (b, k))
+    packed = Drafts(ids, (b, k), None, numbers.new_zeros(b + 1))
+    rows, probabilities = torch.rand(2 * b, v), torch.rand(b, k, v)
+    more: dict[str, Any] = {"eos_ids": (3, 7), "remaining": numbers, "state": state}
     for name in speculative_chains.RULES:
         rule = Rule(name, given=numbers, word_start=starts)
-        drafts = Drafts(ids, (b, k), numbers, None, live)
-        speculative.verify(
-            logits,
-            drafts,
-            rule,
-            cut if name == "lossless" else plain,
-            words,
-            draft=logits[:, :k],
-            eos_ids=(3, 7),
-            remaining=numbers,
-            state=state,
-        )
-    speculative.verify(
-        torch.rand(2 * b, v),
-        Drafts(ids, (b, k), None, numbers.new_zeros(b + 1)),
-        Rule("rsd", retry=DESCEND, warped=True),
-        plain,
-        Words(seeds, seeds, torch.zeros(b, k + 1, 2, dtype=torch.uint32)),
-        draft=torch.rand(b, k, v),
-        is_probs=True,
-    )
-    speculative.verify(
-        logits,
-        Drafts(ids, (b, k)),
-        Rule("lossless"),
-        plain,
-        words,
-        draft=logits[:, :k],
-        draft_stats=torch.zeros(b, k, 6, dtype=torch.int64),
-    )
+        warp = cut if name == "lossless" else plain
+        speculative.verify(logits, chain, rule, warp, words, out, draft=drafter, **more)
+    descend = Rule("rsd", retry=DESCEND, warped=True)
+    speculative.verify(rows, packed, descend, plain, given, out, draft=probabilities, is_probs=True)
+    stats = torch.zeros(b, k, 6, dtype=torch.int64)
+    lossless = Rule("lossless")
+    speculative.verify(logits, whole, lossless, plain, words, out, draft=drafter, draft_stats=stats)
     for race in (False, True):
-        speculative.propose(logits[:, 0], words, cut, race=race)
-    tokens = torch.zeros(b, 4, dtype=torch.int64)
-    for tree in speculative_trees.TREE_RULES:
+        speculative.propose(logits[:, 0], words, cut, seeds, stats[:, 0], state, race=race)
+    path = torch.zeros(b, k + 1, dtype=torch.int32)
+    for tree in range(3):
         speculative.verify_tree(
-            logits,
-            tokens,
-            tokens,
-            tree,
-            plain,
-            words,
-            draft=logits if tree == "tree_rrs" else None,
+            *(logits, tokens, tokens, tree, plain, words, path, out),
+            draft=logits if tree == 2 else None,
             eos_ids=(3,),
             active=live,
         )

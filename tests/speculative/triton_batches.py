@@ -11,13 +11,29 @@ from torch import Tensor
 
 from alignops.reference.speculative import Law, Row, laws, rules
 from alignops.triton_kernels import speculative as kernels
-from alignops.triton_kernels.speculative_launch import Drafts, Rule, Warp, Words
+from alignops.triton_kernels.speculative_launch import Drafts, Outputs, Rule, Warp, Words
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EOS = (3, 7)
 RETRIES = ("resample", "descend", "none")
 WITH_DRAFT = ("lossless", "block", "rsd")
+
+
+def outputs(b: int, width: int) -> Outputs:
+    """Of `width` tokens at most, filled with what no kernel writes."""
+    i32, i64, u8 = torch.int32, torch.int64, torch.uint8
+    rows = {"accept_len": i32, "next_token": i64, "num_emitted": i32, "finished": u8}
+    rows |= {"row_error": u8, "state": u8, "zero_q": i32}
+    shapes = {name: ((b,), dtype) for name, dtype in rows.items()}
+    shapes |= {"tokens": ((b, width), i64), "source": ((b, width), u8)}
+    shapes |= {"cu_emitted": ((b + 1,), i32), "flat": ((b * width,), i64)}
+    return Outputs(
+        **{
+            name: torch.full(shape, 113, dtype=dtype, device=DEVICE)
+            for name, (shape, dtype) in shapes.items()
+        }
+    )
 
 
 def to_device(t: Tensor | None) -> Tensor | None:
@@ -107,7 +123,8 @@ class Batch:
             params["retry"] = RETRIES.index(params["retry"])
         if self.rule == "relaxed" and "delta" in params:
             params["below_best"] = params.pop("delta")
-        out = kernels.verify(
+        out = outputs(self.b, self.k + 1)
+        kernels.verify(
             target.to(DEVICE),
             Drafts(
                 self.ids.to(DEVICE), tuple(self.ids.shape), to_device(self.lens), to_device(self.cu)
@@ -120,6 +137,7 @@ class Batch:
             ),
             self.warp(),
             Words(to_device(self.seeds), to_device(self.positions), to_device(self.words)),
+            out,
             draft=to_device(self.draft),
             draft_stats=self.stats,
             eos_ids=EOS,
