@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call of under eight minutes: builds alignops with CUDA beside the torch that is
-# installed (nothing is downloaded), runs the GPU tests and the tests of both cores, compute-sanitizer on a few
+# installed (nothing is downloaded), runs the GPU tests and the tests of the cores, compute-sanitizer on a few
 # cases, and the GPU benchmark. Logs and the JSON of the benchmark go to ${OUT:-benchmarks/results}; a short table comes
 # last, and the exit status is 0 only if every stage passed. PYTHON names the interpreter that has torch.
 set -uo pipefail
@@ -48,7 +48,8 @@ stage build 180 bash -c build
 export PYTHONUNBUFFERED=1
 quick=(-q -p no:cacheprovider --maxfail=20)
 "$python" -c "import xdist" 2>/dev/null && workers=1 || workers=0
-gpu_tests=(tests/spans/test_cuda.py tests/ternary/test_cuda.py tests/ternary/test_triton.py)
+gpu_tests=(tests/spans/test_cuda.py tests/ternary/test_cuda.py tests/ternary/test_triton.py
+  tests/speculative/test_verify_cuda.py tests/speculative/test_triton.py tests/speculative/test_triton_trees.py)
 [ $workers = 1 ] && gpu_tests+=(-n 6) # most of the time goes into compiling Triton kernels
 stage gpu-tests 170 "$python" -m pytest "${quick[@]}" "${gpu_tests[@]}"
 
@@ -73,6 +74,11 @@ for name in ("spans_find", "spans_next_counts", "spans_peek"):
     for args in samples.VALID[name]():
         on_gpu = [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
         getattr(torch.ops.alignops, name)(*on_gpu)
+from tests.speculative import samples_verify
+for name, cases in samples_verify.VALID.items():
+    for args in cases():
+        on_gpu = [a.detach().cuda() if isinstance(a, torch.Tensor) else a for a in args]
+        getattr(torch.ops.alignops, name)(*on_gpu)
 torch.cuda.synchronize()
 print("sanitized")
 '
@@ -87,6 +93,7 @@ fi
 export ALIGNOPS_AUTOTUNE=1 ALIGNOPS_CACHE_DIR=$out
 stage benchmark 190 "$python" -m benchmarks.bench_ternary_cuda --out "$out" --seconds 120
 unset ALIGNOPS_AUTOTUNE ALIGNOPS_CACHE_DIR
+stage verify-bench 60 "$python" -m benchmarks.bench_verify_cuda --out "$out" --seconds 40
 left=$((465 - SECONDS))
 if [ "$left" -gt 20 ]; then
   cpu_tests=(tests/ternary tests/spans/test_ops.py tests/spans/test_matcher.py tests/test_opcheck.py -m "not gpu" --ignore tests/ternary/test_triton.py)
@@ -95,5 +102,6 @@ if [ "$left" -gt 20 ]; then
 fi
 
 [ -f "$out/benchmark.log" ] && tail -60 "$out/benchmark.log"
+[ -f "$out/verify-bench.log" ] && tail -30 "$out/verify-bench.log"
 printf '%s\n' "${rows[@]}"
 exit $status
