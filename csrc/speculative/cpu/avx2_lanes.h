@@ -31,6 +31,13 @@ struct Avx2Lanes {
     return _mm256_blendv_ps(floats(-__builtin_inff()), load8_f32(p, kType, i, count),
                             bits(mask8(count)));
   }
+  // 16 of bfloat16: those with even and those with odd numbers.
+  static void load_two(const void* p, int64_t i, F& even, F& odd) {
+    const I words =
+        _mm256_loadu_si256(reinterpret_cast<const I*>(static_cast<const uint16_t*>(p) + i));
+    even = bits(_mm256_slli_epi32(words, 16));
+    odd = bits(and_(words, ints(-0x10000)));
+  }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
   static void store(int32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<I*>(p), v); }

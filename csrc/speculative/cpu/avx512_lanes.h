@@ -33,6 +33,12 @@ struct Avx512Lanes {
     const __mmask16 mask = tail_mask16(count);
     return _mm512_mask_mov_ps(floats(-__builtin_inff()), mask, load16_f32(p, kType, i, mask));
   }
+  // 32 of bfloat16: those with even and those with odd numbers.
+  static void load_two(const void* p, int64_t i, F& even, F& odd) {
+    const I words = _mm512_loadu_si512(static_cast<const uint16_t*>(p) + i);
+    even = bits(_mm512_slli_epi32(words, 16));
+    odd = bits(and_(words, ints(-0x10000)));
+  }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
   static void store(int32_t* p, I v) { _mm512_storeu_si512(p, v); }

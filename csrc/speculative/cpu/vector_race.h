@@ -140,7 +140,7 @@ void race(const Law& law, uint64_t seed, uint32_t position, TileRace* out, int64
       const float limit = limits.last >= tile * kTile ? limits.low : limits.high;
       if (stats.bad != 0 || !(stats.best >= limit)) continue;
       const int32_t top = kGiven ? 0 : weigh(stats.best, law.rate).exponent;
-      with_weigher<S, kGiven, 23>(law, top, limit, [&](const auto& weigher) {
+      with_weigher<S, kGiven, 23>(law, limits, top, limit, [&](const auto& weigher) {
         race_tile<S, kType>(law, limits, tile, seed, position, weigher, best);
       });
       best.top = best.place < 0 ? INT32_MIN : top;

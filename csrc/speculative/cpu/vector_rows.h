@@ -32,7 +32,7 @@ template <class S, bool kGiven, int kUnits, class F>
 [[gnu::always_inline]] inline void weighers(const Law& law, const Limits& limits, int32_t top,
                                             int64_t begin, int64_t end, F f) {
   limits.parts(begin, end, [&](int64_t first, int64_t last, float limit) {
-    with_weigher<S, kGiven, kUnits>(law, top, limit,
+    with_weigher<S, kGiven, kUnits>(law, limits, top, limit,
                                     [&](const auto& weigher) { f(first, last, weigher); });
   });
 }
@@ -40,14 +40,14 @@ template <class S, bool kGiven, int kUnits, class F>
 template <class S, DType kType, bool kGiven>
 uint64_t sum_of(const Law& law, const Limits& limits, int32_t top, Range ids) {
   typename S::Sum sum;
-  weighers<S, kGiven, 39>(law, limits, top, ids.begin, ids.end,
-                          [&](int64_t begin, int64_t end, const auto& weigher) {
-                            each<S, kType>(law.data, begin, end, [&](const auto& values, int64_t) {
-                              if (weigher.none(values)) return;
-                              for (const auto w : weigher(values).v)
-                                sum.add(kGiven ? S::mul(w, S::floats(0x1p40f)) : w);
-                            });
-                          });
+  weighers<S, kGiven, 39>(
+      law, limits, top, ids.begin, ids.end, [&](int64_t begin, int64_t end, const auto& weigher) {
+        each<S, kType, false>(law.data, begin, end, [&](const auto& values, int64_t) {
+          if (weigher.none(values)) return;
+          for (const auto w : weigher(values).v)
+            sum.add(kGiven ? S::mul(w, S::floats(0x1p40f)) : w);
+        });
+      });
   return sum.total();
 }
 
@@ -73,7 +73,7 @@ template <class S, DType kType>
 int64_t count_of(const Law& law, const Limits& limits, Range ids) {
   int64_t found = 0;
   limits.parts(ids.begin, ids.end, [&](int64_t begin, int64_t end, float limit) {
-    each<S, kType>(law.data, begin, end, [&](const auto& values, int64_t) {
+    each<S, kType, false>(law.data, begin, end, [&](const auto& values, int64_t) {
       for (const auto value : values.v)
         found += __builtin_popcount(S::set(S::at_least(value, S::floats(limit))));
     });
@@ -249,19 +249,20 @@ void normalize(const Density& d, double total, float* out, int64_t begin, int64_
 template <class S, DType kType>
 double entropy_of(const Law& law, const Limits& limits, Range ids) {
   typename S::RealSum weights, logs;
-  weighers<S, false, 0>(
-      law, limits, law.top, ids.begin, ids.end,
-      [&](int64_t begin, int64_t end, const auto& weigher) {
-        each<S, kType>(law.data, begin, end, [&]<int kN>(const Group<S, kN>& values, int64_t) {
-          typename S::I z[kN];
-          weigher.positions(values, z);
-          const Group<S, kN> w = weigher.weights(values, z);
-          for (int j = 0; j < kN; ++j) {
-            weights.add(w.v[j]);
-            logs.add(w.v[j], S::sub(z[j], S::ints(S::kBias << 23)));
-          }
-        });
-      });
+  weighers<S, false, 0>(law, limits, law.top, ids.begin, ids.end,
+                        [&](int64_t begin, int64_t end, const auto& weigher) {
+                          each<S, kType, false>(law.data, begin, end,
+                                                [&]<int kN>(const Group<S, kN>& values, int64_t) {
+                                                  typename S::I z[kN];
+                                                  weigher.positions(values, z);
+                                                  const Group<S, kN> w = weigher.weights(values, z);
+                                                  for (int j = 0; j < kN; ++j) {
+                                                    weights.add(w.v[j]);
+                                                    logs.add(w.v[j],
+                                                             S::sub(z[j], S::ints(S::kBias << 23)));
+                                                  }
+                                                });
+                        });
   constexpr double kLn2 = 0.6931471805599453;
   const double scale = law.inverse * 0x1p39;
   return -scale * (kLn2 * 0x1p-23 * logs.total() + __builtin_log(scale) * weights.total());
@@ -307,7 +308,7 @@ void hits(const Law& law, uint64_t low, uint64_t high, Range ids, F f) {
   const auto beyond = S::floats(high < UINT64_MAX ? least_value(law, high + 1) : kInfinity);
   bool done = false;
   with_row(law, [&]<DType kType, bool kGiven>() {
-    const Weigher<S, 0, false> weigher(law, law.top, least_visible(law, law.top));
+    const Weigher<S, 0, false> weigher(law, law.top, limits.least_visible(law.top));
     limits.parts(ids.begin, ids.end, [&](int64_t first, int64_t last, float limit) {
       const auto from = S::floats(limit > least ? limit : least);
       each<S, kType>(law.data, first, last, [&](const auto& values, int64_t v) {

@@ -55,14 +55,20 @@ struct Group {
 };
 
 // Calls f(group, first id) for the ids [begin, end) of a row; lanes beyond the end are -inf.
-template <class S, DType kType, class Each>
+// Without order, the ids of two registers may be mixed.
+template <class S, DType kType, bool kOrdered = true, class Each>
 [[gnu::always_inline]] inline void each(const void* row, int64_t begin, int64_t end, Each f) {
   constexpr int64_t kStep = S::kGroup * S::kLanes;
   int64_t i = begin;
   for (; i + kStep <= end; i += kStep) {
     Group<S, S::kGroup> group;
-    for (int j = 0; j < S::kGroup; ++j)
-      group.v[j] = S::template load<kType>(row, i + j * S::kLanes);
+    if constexpr (kType == DType::kBFloat16 && !kOrdered) {
+      for (int j = 0; j < S::kGroup; j += 2)
+        S::load_two(row, i + j * S::kLanes, group.v[j], group.v[j + 1]);
+    } else {
+      for (int j = 0; j < S::kGroup; ++j)
+        group.v[j] = S::template load<kType>(row, i + j * S::kLanes);
+    }
     f(group, i);
   }
   for (; i < end; i += S::kLanes)
@@ -104,14 +110,25 @@ inline float least_value(const Law& law, uint64_t key) {
 struct Limits {
   float low, high;
   int64_t last;
+  int32_t ceiling;   // exponent of the largest logit that is not cut off
+  double per_power;  // logits by which weights double
 
-  explicit Limits(const Law& law) : last(law.cut.id < law.size ? law.cut.id : law.size - 1) {
+  explicit Limits(const Law& law)
+      : last(law.cut.id < law.size ? law.cut.id : law.size - 1),
+        ceiling(weigh(2047.0f, law.rate).exponent),
+        per_power(power(law.rate.shift) / law.rate.factor) {
     if (law.cut.key == 0) {
       low = high = law.probabilities ? bits_float(1) : -kLargest;
     } else {
       low = least_value(law, law.cut.key);
       high = least_value(law, law.cut.key + 1);
     }
+  }
+
+  // A logit below which weights are 2^75 to 2^125 times smaller than 2^top, or nothing finite is.
+  float least_visible(int32_t top) const {
+    const double l = (static_cast<double>(top) - 100.0) * per_power;
+    return l < -2047.0 ? -kLargest : static_cast<float>(l);
   }
 
   // f(begin, end, limit) for the parts of [begin, end) with one limit each.
@@ -122,12 +139,6 @@ struct Limits {
     if (middle < end) f(middle, end, high);
   }
 };
-
-// A value below which weights are 2^75 to 2^125 times smaller than 2^top, or nothing finite is.
-inline float least_visible(const Law& law, int32_t top) {
-  const double l = (static_cast<double>(top) - 100.0) / law.rate.factor * power(law.rate.shift);
-  return l < -2047.0 ? -kLargest : static_cast<float>(l);
-}
 
 // -------------------------------------------------------------------------------------------------
 
@@ -237,13 +248,14 @@ class Chooser {
 
 // f(weigher) for the ids of a row that are kept from `limit` on.
 template <class S, bool kGiven, int kUnits, class F>
-[[gnu::always_inline]] inline void with_weigher(const Law& law, int32_t top, float limit, F f) {
+[[gnu::always_inline]] inline void with_weigher(const Law& law, const Limits& limits, int32_t top,
+                                                float limit, F f) {
   if constexpr (kGiven) {
     f(Chooser<S>(limit));
   } else {
-    const float visible = least_visible(law, top);
+    const float visible = limits.least_visible(top);
     if (law.cut.key == 0 && visible >= -2047.0f && law.rate.shift - 3 <= 32 &&
-        top < weigh(2047.0f, law.rate).exponent) {
+        top < limits.ceiling) {
       f(Weigher<S, kUnits, true>(law, top, visible));
     } else {
       f(Weigher<S, kUnits, false>(law, top, visible > limit ? visible : limit));
