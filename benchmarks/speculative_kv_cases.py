@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from alignops.speculative import kv
 from alignops.speculative.layout import build_mask
+from benchmarks import memory
 from benchmarks.shapes import CACHES, CacheShape
 from benchmarks.timing import Runner, alternate
 
@@ -232,16 +233,13 @@ def allocated(cache: Cache) -> int:
 
 def resident_growth(cache: Cache) -> int:
     """Bytes by which the process's peak memory grows during a shift."""
-
-    def peak() -> int:
-        with open("/proc/self/status") as status:  # noqa: PTH123
-            return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
-
     there, back = realignment(cache)
-    before = peak()
-    kv.kv_shift_(cache.tensors, *there)
-    kv.kv_shift_(cache.tensors, *back)
-    return peak() - before
+
+    def run() -> None:
+        kv.kv_shift_(cache.tensors, *there)
+        kv.kv_shift_(cache.tensors, *back)
+
+    return memory.peak_growth(run)
 
 
 def ratio(runners: Sequence[Runner], rounds: int = 5) -> dict[str, float]:
