@@ -311,7 +311,7 @@ def verify_tree(
         >>> logits = torch.eye(4)[None]
         >>> out = verify_tree(logits, torch.tensor([[9, 3, 0, 2]]), torch.tensor([[-1, 0, 0, 2]]))
         >>> out.path, out.tokens
-        (tensor([[ 0,  2, 3, -1]], dtype=torch.int32), tensor([[0, 2, 3, -1]]))
+        (tensor([[ 0,  2,  3, -1]], dtype=torch.int32), tensor([[ 0,  2,  3, -1]]))
     """
     op = "verify_tree"
     _check_tensors(op, target=target, tokens=tokens, parent=parent)
