@@ -49,7 +49,7 @@ export PYTHONUNBUFFERED=1
 quick=(-q -p no:cacheprovider --maxfail=20)
 "$python" -c "import xdist" 2>/dev/null && workers=1 || workers=0
 gpu_tests=(tests/spans/test_cuda.py tests/ternary/test_cuda.py tests/ternary/test_triton.py
-  tests/speculative/test_verify_cuda.py tests/speculative/test_triton.py tests/speculative/test_triton_trees.py)
+  tests/speculative/test_cuda.py tests/speculative/test_verify_cuda.py tests/speculative/test_triton.py tests/speculative/test_triton_trees.py)
 [ $workers = 1 ] && gpu_tests+=(-n 6) # most of the time goes into compiling Triton kernels
 stage gpu-tests 170 "$python" -m pytest "${quick[@]}" "${gpu_tests[@]}"
 
@@ -74,10 +74,11 @@ for name in ("spans_find", "spans_next_counts", "spans_peek"):
     for args in samples.VALID[name]():
         on_gpu = [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
         getattr(torch.ops.alignops, name)(*on_gpu)
-from tests.speculative import samples_verify
-for name, cases in samples_verify.VALID.items():
+from torch.utils import _pytree as pytree
+from tests.speculative.samples import VALID
+for name, cases in VALID.items():
     for args in cases():
-        on_gpu = [a.detach().cuda() if isinstance(a, torch.Tensor) else a for a in args]
+        on_gpu = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().cuda(), args)
         getattr(torch.ops.alignops, name)(*on_gpu)
 torch.cuda.synchronize()
 print("sanitized")

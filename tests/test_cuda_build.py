@@ -68,6 +68,8 @@ calls = {
     "ternary_unpack": (packed, 32, 128, 2),
     "ternary_linear": (torch.randn(2, 64), packed, torch.zeros(1, 64), None, 32, 128, 48, 1, 0, 3),
     "spans_find": (text, text, packed, packed, packed),
+    "speculative_kv_shift_": ([torch.zeros(2, 1, 3, 4)], packed, packed, packed, 2),
+    "speculative_mask": (packed, 2, 5, 0, torch.float32, [0], *[None] * 6),
 }
 for name, args in calls.items():
     try:
@@ -80,7 +82,11 @@ for name, args in calls.items():
     assert lines[0] == "ternary_prepack: idx must be on a GPU, got another device"
     assert lines[1].startswith("ternary_unpack: layout must be 3 (CUDA)")
     assert lines[2].startswith("ternary_linear: group must be")
-    assert lines[3] == "spans_find: text must be on a GPU, got another device"
+    assert lines[3:] == [
+        "spans_find: text must be on a GPU, got another device",
+        "speculative_kv_shift_: caches must be on a GPU, got another device",
+        "speculative_mask: c must be on a GPU, got another device",
+    ]
 
 
 @built
