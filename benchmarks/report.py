@@ -1,6 +1,6 @@
 """Measures what this project claims about speed; writes Markdown, JSON and a roofline plot.
 
-    python -m benchmarks.report [--core ternary|spans] [--quick] [--only SECTION,...] [--out FOLDER]
+    python -m benchmarks.report [--core CORE] [--quick] [--only SECTION,...] [--out FOLDER]
 
 Each bar is a ratio of medians taken alternately in one process. Peers that are not installed are
 left out and named. What is measured stands in `<core>_report.py`.
@@ -30,7 +30,7 @@ from alignops import testing
 from benchmarks import render, roofline
 
 RESULTS = Path(__file__).parent / "results"
-CORES = ("ternary", "spans")
+CORES = ("ternary", "spans", "speculative")
 
 
 @dataclasses.dataclass

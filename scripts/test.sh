@@ -51,7 +51,8 @@ lower_levels() {
   local isa
   for isa in $(python -c "from alignops import testing; print(*testing.available_isas()[:-1])"); do
     ALIGNOPS_CPU_ISA=$isa python -m pytest -q tests/ternary tests/spans/test_{index,matcher,ops,shield}.py \
-      tests/test_opcheck.py tests/test_threads.py -m "not slow"
+      tests/speculative/test_{verify,trees,generate}.py tests/test_opcheck.py tests/test_threads.py \
+      -m "not slow"
   done
 }
 

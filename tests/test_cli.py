@@ -29,7 +29,9 @@ def test_info_names_the_instruction_set_in_use() -> None:
         (("demo", "ternary"), "SmolLM2"),
         (("demo", "arenas"), "--minutes"),
         (("bench", "ternary"), "--quick"),
+        (("demo", "speculative"), "--exit-layer"),
         (("bench", "spans"), "--tokens"),
+        (("bench", "speculative"), "--quick"),
     ],
 )
 def test_help_of_every_command(command: tuple[str, ...], word: str) -> None:
