@@ -29,10 +29,10 @@ class HFAdapter:
     | model                                   | mask         | layouts                         |
     |-----------------------------------------|--------------|---------------------------------|
     | rotary or learned positions             | 4-D          | all                             |
-    | the same, with flash attention          | 2-D          | realign, rollback, defer        |
+    | the same, with flash attention          | 2-D          | defer, realign, rollback        |
     | the same, some layers with windows      | 4-D per kind | all                             |
     | ALiBi by distance of columns (MPT)      | 4-D          | ragged, realign, rollback       |
-    | ALiBi from a 2-D mask (Bloom, Falcon)   | 2-D          | realign, rollback, defer        |
+    | ALiBi from a 2-D mask (Bloom, Falcon)   | 2-D          | defer, realign, rollback        |
 
     Args:
         model: in evaluation mode. It must not be used by another thread meanwhile.
@@ -127,6 +127,66 @@ class HFAdapter:
         return logits[:, -last:]
 
 
+class CacheView:
+    """Keys and values inside a cache of transformers, as the operators that move slots want them.
+
+    Finds them in `layers[i].keys` and `.values`, or in the lists `key_cache` and `value_cache` of
+    older releases. The tensors are the cache's own: what moves in them moves in the cache. One that
+    has to become longer or shorter is replaced with `replace`. Layers that drop what is out of a
+    window do not keep slots where they were, and are refused.
+
+    Args:
+        cache: such as `DynamicCache` or `StaticCache`, with something in it.
+
+    Raises:
+        TypeError: it holds keys and values in no way that is known.
+        NotImplementedError: a layer drops slots.
+
+    Example:
+        >>> from transformers import DynamicCache
+        >>> from alignops.speculative import kv_shift_
+        >>> cache = DynamicCache()
+        >>> _ = cache.update(torch.arange(3.0).view(1, 1, 3, 1), torch.zeros(1, 1, 3, 1), 0)
+        >>> kv_shift_(CacheView(cache).tensors, *(torch.tensor([i]) for i in (0, 1, 2)))
+        >>> CacheView(cache).tensors[0].flatten().tolist()
+        [0.0, 0.0, 1.0]
+    """
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+        self._layered = hasattr(cache, "layers")
+        if not self._layered and not hasattr(cache, "key_cache"):
+            raise TypeError(
+                "CacheView: cache must have layers or key_cache and value_cache, got "
+                f"{type(cache).__name__}"
+            )
+        sliding = getattr(cache, "is_sliding", False)
+        if any(sliding) if isinstance(sliding, (list, tuple)) else sliding:
+            raise NotImplementedError("CacheView: a layer of the cache drops slots")
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Keys, values of layer 0, of layer 1 ...: (B, H, S, D)."""
+        if self._layered:
+            return [t for layer in self._cache.layers for t in (layer.keys, layer.values)]
+        pairs = zip(self._cache.key_cache, self._cache.value_cache, strict=True)
+        return [t for pair in pairs for t in pair]
+
+    def replace(self, tensors: Sequence[Tensor]) -> None:
+        """Put other tensors in their places, such as what `kv_gather` has returned.
+
+        Raises:
+            ValueError: there are more or fewer of them.
+        """
+        count = len(self.tensors)
+        check(len(tensors) == count, f"CacheView: tensors must be {count}, got {len(tensors)}")
+        for i, (keys, values) in enumerate(zip(tensors[::2], tensors[1::2], strict=True)):
+            if self._layered:
+                self._cache.layers[i].keys, self._cache.layers[i].values = keys, values
+            else:
+                self._cache.key_cache[i], self._cache.value_cache[i] = keys, values
+
+
 def _text_config(model: PreTrainedModel) -> Any:
     config = model.config
     get = getattr(config, "get_text_config", None)
@@ -200,7 +260,7 @@ def _layouts(mask_kind: str, alibi: str, windows: tuple[int, ...]) -> tuple[str,
     if mask_kind != "mask2d":
         return tuple(n for n in LAYOUTS if n != "defer" or not alibi)
     # By columns, as the library's masks count, a hole would make a window shorter.
-    return ("realign", "rollback") if any(windows) else ("realign", "rollback", "defer")
+    return ("realign", "rollback") if any(windows) else ("defer", "realign", "rollback")
 
 
 def _cache_class() -> type[RaggedCache]:

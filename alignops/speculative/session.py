@@ -253,12 +253,17 @@ class SpecSession:
             self.checked(prompt, limit, f"prompts[{i}]")
             for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
         ]
-        with self.stats.clock.phase("target"):
-            self.placement.prefill(rows, tokens)
-        if self.drafter is not None:
-            with self.stats.clock.phase("draft"):
-                for row, prompt in zip(rows, tokens, strict=True):
-                    self.drafter.add(row, prompt)
+        try:
+            with self.stats.clock.phase("target"):
+                self.placement.prefill(rows, tokens)
+            if self.drafter is not None:
+                with self.stats.clock.phase("draft"):
+                    for row, prompt in zip(rows, tokens, strict=True):
+                        self.drafter.add(row, prompt)
+        except BaseException:
+            for row in rows:
+                self._forget(row)
+            raise
         for row, prompt, limit, seed in zip(rows, tokens, limits, seeds, strict=True):
             self._tokens[row, : len(prompt)] = prompt
             self._seeds[row] = _signed(seed)
@@ -300,6 +305,9 @@ class SpecSession:
         if not self._host[row].occupied:
             return
         self._host[row] = _Row()
+        self._forget(row)
+
+    def _forget(self, row: int) -> None:
         self.placement.clear(row)
         if self.drafter is not None:
             self.drafter.remove(row)
@@ -478,6 +486,7 @@ class SpecSession:
             accepted = [min(row[1], count) for row, count in zip(rows, emitted, strict=True)]
             new = [row[5 : 5 + count] for row, count in zip(rows, emitted, strict=True)]
         lengths = torch.tensor([row.length for row in host], device=self.target.device)
+        active = torch.tensor([row.active for row in host], device=self.target.device)
         with clock.phase("compact"):
             at = lengths[:, None] + torch.arange(k + 1, device=lengths.device)
             # What is behind the committed tokens is undefined, so it may be written right away.
@@ -486,7 +495,6 @@ class SpecSession:
             for i, end in enumerate(finished):
                 if end:
                     self.placement.clear(i)
-        active = torch.tensor([row.active for row in host], device=lengths.device)
         with clock.phase("schedule"):
             self._state[:n] = out.state
             self._host[:n] = [

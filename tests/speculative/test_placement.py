@@ -132,7 +132,7 @@ def test_fixed_capacity_is_an_error_before_the_forward() -> None:
 
 def test_layouts_that_do_not_fit() -> None:
     bloom = HFAdapter(model("alibi_mask"))
-    assert choose_layout(bloom, "auto", False) == "realign"
+    assert choose_layout(bloom, "auto", False) == "defer"
     for layout, stable in (("ragged", False), ("auto", True), ("paged", False)):
         with pytest.raises(ValueError, match="layout must be"):
             choose_layout(bloom, layout, stable)

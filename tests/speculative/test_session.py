@@ -161,6 +161,31 @@ def test_interrupted_rounds_are_made_again(layout: str) -> None:
     assert session.stats.acceptance == 1
 
 
+@pytest.mark.parametrize("layout", ["ragged", "defer", "realign"])
+def test_a_prompt_that_was_interrupted_leaves_nothing(layout: str) -> None:
+    asked = prompts([4, 21, 2])
+    alone = texts(model(), asked, 12)
+    drafter = ModelDrafter(HFAdapter(model()))
+    session = _session(drafter, layout=layout, num_draft_tokens=2, debug=True)
+    session.prefill([asked[0]], 12)
+    _round(session)
+    add = drafter.add
+
+    def fragile(row: int, tokens: Tensor) -> None:
+        add(row, tokens)
+        raise KeyboardInterrupt
+
+    drafter.add = fragile  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        session.add(asked[1], 12)
+    drafter.add = add  # type: ignore[method-assign]
+    assert (session.active, session.free) == ([0], [1, 2])
+    session.prefill(asked[1:], 12, rows=[2, 1])
+    _finish(session)
+    got = [session.tokens_of(row).tolist() for row in (0, 2, 1)]
+    assert got == [p.tolist() + t for p, t in zip(asked, alone, strict=True)]
+
+
 def test_rows_without_drafts_and_with() -> None:
     """Rows of a round may have 0 to K drafts."""
     asked = prompts([4, 9, 2])
