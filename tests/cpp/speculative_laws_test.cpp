@@ -3,6 +3,7 @@
 
 #include "common/isa.h"
 #include "harness.h"
+#include "speculative/cpu/random.h"
 #include "speculative/cpu/weights.h"
 #include "speculative/self_test.h"
 
@@ -162,6 +163,37 @@ const Register blocks("blocks of -inf, ties, one id far above the others", [] {
     p[5000] = height;
     compare(p, normal(random, 8400, 1.0f), 1.0, "peak of " + std::to_string(height));
   }
+});
+
+const Register tied_race("the lowest of the ids that tie wins a race", [] {
+  for (const Level& level : levels())
+    for (const uint32_t position : {0u, 5u, 77u}) {
+      std::vector<float> p;
+      for (int64_t v = 0; v < 1003; ++v) {
+        const Words words = philox(7, position, Stream::kRace, static_cast<uint32_t>(v / 4));
+        p.push_back(v < 200 ? 0.0f : noise(words.word[v % 4]) * 0x1p-6f);
+      }
+      TileRace out;
+      level.rows->race(Row(p, DType::kFloat32, true).law(1.0), 7, position, &out, 0, 1);
+      expect(out.ratio == 64.0f && out.place == 200, isa_name(level.isa));
+    }
+});
+
+const Register rounded_words("noise of words that round up to a power of two", [] {
+  struct Case {
+    uint32_t position, id, word;
+  };
+  for (const Level& level : levels())
+    for (const Case& c : {Case{1800, 3826, 0xFFFFFFA7}, Case{11186, 1658, 0x3FFFFFF7},
+                          Case{11588, 1287, 0x07FFFFFD}, Case{16777, 776, 0xFFFFFFB3}}) {
+      expect(philox(7, c.position, Stream::kRace, c.id / 4).word[c.id % 4] == c.word, "word");
+      std::vector<float> p(4096);
+      p[c.id] = 1.0f;
+      TileRace out;
+      level.rows->race(Row(p, DType::kFloat32, true).law(1.0), 7, c.position, &out, 0, 1);
+      expect(out.ratio == noise(c.word) && out.place == static_cast<int32_t>(c.id),
+             isa_name(level.isa));
+    }
 });
 
 // What vectors take for granted.
