@@ -34,6 +34,9 @@ class HFAdapter:
     | ALiBi by distance of columns (MPT)      | 4-D          | ragged, realign, rollback       |
     | ALiBi from a 2-D mask (Bloom, Falcon)   | 2-D          | defer, realign, rollback        |
 
+    In releases of transformers before 5, models that take tuples of tensors as caches (GPT-2, MPT
+    in 4.51), and those that make the masks of windows themselves (Gemma 2 there), are refused.
+
     Args:
         model: in evaluation mode. It must not be used by another thread meanwhile.
         layouts: restrict the layouts, or change which one is the best; None: as in the table.
@@ -206,6 +209,15 @@ def _refuse(model: PreTrainedModel, config: Any) -> None:
         raise NotImplementedError(f"HFAdapter: {name} has recurrent states")
     if getattr(config, "attention_chunk_size", None):
         raise NotImplementedError(f"HFAdapter: {name} has chunked attention")
+    if getattr(config, "layer_types", None) is None and _mixes_windows(model, config):
+        raise NotImplementedError(
+            f"HFAdapter: {name} has layers with and without a window, and takes one mask for "
+            "all of them in this release of transformers"
+        )
+    if getattr(model, "_supports_cache_class", True) is False:
+        raise NotImplementedError(
+            f"HFAdapter: {name} takes no cache objects in this release of transformers"
+        )
     if "flex" in str(getattr(config, "_attn_implementation", "")):
         raise NotImplementedError(
             f"HFAdapter: {name} uses flex attention; load it with attn_implementation='sdpa'"
@@ -214,6 +226,13 @@ def _refuse(model: PreTrainedModel, config: Any) -> None:
         value = getattr(getattr(model, "generation_config", None), option, None) or 1
         if value > 1:
             raise NotImplementedError(f"HFAdapter: {option} must be 1, got {value}")
+
+
+def _mixes_windows(model: PreTrainedModel, config: Any) -> bool:
+    """Whether layers differ in what they attend to, where the configuration does not list them."""
+    if getattr(config, "use_sliding_window", False) and hasattr(config, "max_window_layers"):
+        return True
+    return len({bool(m.is_sliding) for m in model.modules() if hasattr(m, "is_sliding")}) > 1
 
 
 def _head_size(model: PreTrainedModel, config: Any) -> int:

@@ -417,7 +417,7 @@ def test_types_that_are_refused() -> None:
         speculative_generate(model(), None, [[1]], max_new_tokens=1)
 
 
-def test_models_that_are_refused() -> None:
+def test_models_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers as tf
 
     net = model()
@@ -433,6 +433,15 @@ def test_models_that_are_refused() -> None:
     config = tf.MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, state_size=4)
     with pytest.raises(NotImplementedError):
         HFAdapter(tf.MambaForCausalLM(config).eval())
+    older = model("learned")
+    monkeypatch.setattr(type(older), "_supports_cache_class", False, raising=False)
+    with pytest.raises(NotImplementedError, match="no cache objects"):
+        HFAdapter(older)
+    monkeypatch.setattr(model("mixed").config, "layer_types", None)
+    model("mixed").model.layers[0].is_sliding = True
+    model("mixed").model.layers[1].is_sliding = False
+    with pytest.raises(NotImplementedError, match="with and without a window"):
+        HFAdapter(model("mixed"))
     net.generation_config.num_return_sequences = 2
     try:
         with pytest.raises(NotImplementedError, match="num_return_sequences"):
