@@ -11,7 +11,7 @@ attends to, V ids, Vd ids of the drafter, H heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -126,19 +126,23 @@ class Drafts:
         logits: (B, K', Vd) that the drafts were drawn from under the session's `Sampling`, or None:
             the drafts are certain.
         stats: what `propose` has kept of each draft, for `verify`; None: verify reads `logits`.
+        kind: (B,) integers: rows of one kind are about as likely to be accepted, such as those with
+            equally long matches; None: nothing is known of that.
     """
 
     ids: Tensor
     logits: Tensor | None = None
     stats: Any = None
+    kind: Tensor | None = None
 
     def first(self, width: int) -> Drafts:
         """The first columns."""
         logits, stats = self.logits, self.stats
-        return Drafts(
-            self.ids[:, :width],
-            None if logits is None else logits[:, :width],
-            None if stats is None else stats[:, :width],
+        return replace(
+            self,
+            ids=self.ids[:, :width],
+            logits=None if logits is None else logits[:, :width],
+            stats=None if stats is None else stats[:, :width],
         )
 
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from alignops._checks import check
 
 # Evidence of a round counts this much less with every round that follows.
 _DECAY = 0.9
-# Before anything was drafted: this acceptance, with the weight of one draft.
-_PRIOR = 0.6
+# Before anything was drafted: this acceptance, with the weight of one draft. What is known of all
+# kinds of drafts weighs as much for each as so many drafts of its own.
+_PRIOR, _COMMON = 0.6, 2.0
 # Before two widths were measured: cost of one more column, in costs of the first.
 _SLOPE = 0.15
 # Times that are older than this many rounds, or more than this many, say nothing.
@@ -48,7 +50,8 @@ class AutoK:
     now and then, so that a text that becomes easy is noticed.
 
     Drafts that cost next to nothing, such as those of a lookup, are always asked for. Which rows
-    have some is known then, and `width` decides how many columns the target is to compute.
+    have some is known then, and of which kind; `width` decides how many columns of them the target
+    is to compute, with an alpha for each kind.
 
     Args:
         max_drafts: the largest K.
@@ -73,7 +76,8 @@ class AutoK:
         self.max_drafts = max_drafts
         self.trims = trims
         self._round = self._last_asked = 0
-        self._tested = self._accepted = 0.0
+        self._all = _Evidence()
+        self._kinds: dict[int, _Evidence] = {}
         # Rows that were asked for drafts, that had some; columns asked for, and computed.
         self._asked = self._offering = 0.0
         self._columns_asked = self._columns = 0.0
@@ -85,7 +89,7 @@ class AutoK:
     @property
     def acceptance(self) -> float:
         """Alpha: recent drafts that were accepted, of those whose predecessors were."""
-        return (self._accepted + _PRIOR) / (self._tested + 1)
+        return (self._all.accepted + _PRIOR) / (self._all.tested + 1)
 
     def choose(self, rows: int) -> int:
         """The K of the next round, 0 to max_drafts.
@@ -101,18 +105,26 @@ class AutoK:
             max(range(self.max_drafts + 1), key=lambda k: self._rate(points, k)), probe=1
         )
 
-    def width(self, rows: int, offered: Sequence[int]) -> int:
+    def acceptance_of(self, kind: int) -> float:
+        """Alpha of one kind of drafts."""
+        evidence = self._kinds.get(kind, _Evidence())
+        return (evidence.accepted + _COMMON * self.acceptance) / (evidence.tested + _COMMON)
+
+    def width(self, rows: int, offered: Sequence[int], kinds: Sequence[int] | None = None) -> int:
         """How many columns of drafts are worth computing.
 
         Args:
             rows: B, rows of the target's forward.
             offered: drafts of each active row.
+            kinds: of the drafts of each row, see `Drafts`; None: they are alike.
         """
-        points, alpha = self._points(rows), self.acceptance
+        points = self._points(rows)
+        alphas = [self.acceptance_of(kind) for kind in _each(kinds, offered)]
         most = max(offered, default=0)
 
         def rate(width: int) -> float:
-            tokens = sum(expected_tokens(alpha, min(k, width)) for k in offered)
+            pairs = zip(alphas, offered, strict=True)
+            tokens = sum(expected_tokens(alpha, min(k, width)) for alpha, k in pairs)
             return tokens / _forward(points, 1 + width)
 
         return self._probed(max(range(most + 1), key=rate), probe=min(1, most))
@@ -138,6 +150,7 @@ class AutoK:
         accepted: Sequence[int],
         draft_seconds: float,
         target_seconds: float,
+        kinds: Sequence[int] | None = None,
     ) -> None:
         """What a round did.
 
@@ -149,6 +162,7 @@ class AutoK:
             accepted: of them accepted.
             draft_seconds: time of the drafter.
             target_seconds: time of the target's forward.
+            kinds: as for `width`.
         """
         self._round += 1
         if asked:
@@ -157,12 +171,16 @@ class AutoK:
             self._forget(_DECAY ** (self._round - self._last_asked))
             self._last_asked = self._round
             pairs = list(zip(offered, accepted, strict=True))
-            self._tested += sum(min(k, a + 1) for k, a in pairs)
-            self._accepted += sum(a for _, a in pairs)
+            tested = sum(min(k, a + 1) for k, a in pairs)
+            self._all.add(self._round, tested, sum(a for _, a in pairs))
             self._asked += len(pairs)
             self._offering += sum(k > 0 for k, _ in pairs)
             self._columns_asked += asked
             self._columns += width
+            for kind, (k, a) in zip(_each(kinds, offered), pairs, strict=True):
+                if k:
+                    evidence = self._kinds.setdefault(kind, _Evidence(self._round))
+                    evidence.add(self._round, min(k, a + 1), a)
         if rows not in self._warm:  # the first forward of a shape does what is done once
             self._warm.add(rows)
             return
@@ -171,7 +189,7 @@ class AutoK:
         )
 
     def _forget(self, share: float) -> None:
-        for name in ("_tested", "_accepted", "_asked", "_offering", "_columns_asked", "_columns"):
+        for name in ("_asked", "_offering", "_columns_asked", "_columns"):
             setattr(self, name, getattr(self, name) * share)
 
     def _rate(self, points: list[tuple[int, float]], k: int) -> float:
@@ -203,6 +221,25 @@ def _forward(points: list[tuple[int, float]], columns: float) -> float:
     (x0, y0), (x1, y1) = points[0], points[-1]
     x, y = points[0] if right == 0 else points[-1]
     return max(y + max(y1 - y0, 0) / (x1 - x0) * (columns - x), 0.1 * y)
+
+
+def _each(kinds: Sequence[int] | None, offered: Sequence[int]) -> Sequence[int]:
+    return [0] * len(offered) if kinds is None else kinds
+
+
+@dataclass
+class _Evidence:
+    """Drafts that were tested and accepted, recent ones more than older ones."""
+
+    round: int = 0
+    tested: float = 0.0
+    accepted: float = 0.0
+
+    def add(self, now: int, tested: int, accepted: int) -> None:
+        share = _DECAY ** (now - self.round)
+        self.tested = self.tested * share + tested
+        self.accepted = self.accepted * share + accepted
+        self.round = now
 
 
 class _Times:

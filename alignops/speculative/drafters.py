@@ -76,22 +76,22 @@ class PromptLookup(StatelessDrafter):
         self.min_n = min_n
 
     def propose(self, batch: Batch, k: Tensor, width: int) -> Drafts:
-        """Drafts of every active row; -1 where nothing was found."""
+        """Drafts of every active row; their kind is the number of tokens that agree."""
         tokens = batch.tokens[:, : min(max(batch.host_lengths), batch.tokens.shape[1])]
         last = (batch.lengths - 1).unsqueeze(1)
-        place, found = self._longest(tokens, last)
+        place, agreement = self._longest(tokens, last)
         step = torch.arange(width, device=tokens.device)
         # What follows the place, up to the last token; then again from there.
         source = place + 1 + step % (last - place).clamp(min=1)
         ids = tokens.gather(1, source.clamp(max=tokens.shape[1] - 1))
-        drafted = found & batch.active.unsqueeze(1) & (step < k.unsqueeze(1))
+        drafted = (agreement >= self.min_n) & batch.active.unsqueeze(1) & (step < k.unsqueeze(1))
         ids = torch.where(drafted, ids, -1)
         if ids.device.type == "cpu":
             ids = ids[:, : int(drafted.sum(1).max())]
-        return Drafts(ids)
+        return Drafts(ids, kind=agreement[:, 0])
 
     def _longest(self, tokens: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the longest agreement ends (B, 1), and whether it is long enough."""
+        """Where the longest agreement ends, and its length: (B, 1) each."""
         size = tokens.shape[1]
         columns = torch.arange(size, device=tokens.device, dtype=torch.int32)
         agrees = (tokens == tokens.gather(1, last)) & (columns < last)
@@ -102,7 +102,7 @@ class PromptLookup(StatelessDrafter):
             agrees[:, i:] &= tokens[:, :-i] == tokens.gather(1, (last - i).clamp(min=0))
             score += agrees * size
         best = score.amax(1, keepdim=True)
-        return best % size, best >= self.min_n * size
+        return best % size, best // size
 
 
 class FunctionDrafter(StatelessDrafter):

@@ -214,10 +214,13 @@ def _measured_round(session: SpecSession, auto: AutoK) -> Round:
     session.most_drafts = auto.choose(rows)
     before = clock.seconds()
     drafts = session.draft()
+    kinds = None
     if auto.trims:
         with clock.phase("schedule"):
             counts = (drafts.ids >= 0).sum(1).tolist()
-            drafts = drafts.first(auto.width(rows, [counts[row] for row in active]))
+            if drafts.kind is not None:
+                kinds = [int(kind) for kind in drafts.kind[active]]
+            drafts = drafts.first(auto.width(rows, [counts[row] for row in active], kinds))
     done = session.commit(session.verify(drafts))
     after = clock.seconds()
     auto.observe(
@@ -226,6 +229,7 @@ def _measured_round(session: SpecSession, auto: AutoK) -> Round:
         width=drafts.ids.shape[1],
         offered=[done.offered[row] for row in active],
         accepted=[done.accepted[row] for row in active],
+        kinds=kinds,
         draft_seconds=after["draft"] - before["draft"],
         target_seconds=after["target"] - before["target"],
     )

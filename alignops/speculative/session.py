@@ -389,7 +389,7 @@ class SpecSession:
             columns = torch.arange(ids.shape[1], device=device)
             out = (ids < 0) | (ids >= self.target.vocab_size) | (columns >= k[:, None])
             ids = ids.masked_fill(out.cumsum(1) > 0, -1)
-        return Drafts(ids, drafts.logits, drafts.stats)
+        return replace(drafts, ids=ids)
 
     def verify(self, drafts: Drafts) -> VerifyOut:
         """One forward of the target over the last token and the drafts, and the rule's decision."""

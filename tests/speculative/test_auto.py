@@ -163,6 +163,30 @@ def test_trimmed_to_nothing_is_left_when_the_text_becomes_easy() -> None:
     assert min(machine.widths[-40:]) >= 3
 
 
+def test_kinds_of_drafts_are_told_apart() -> None:
+    auto, forward = AutoK(KMAX, trims=True), line(0.25)
+    rng = np.random.default_rng(2)
+    for _ in range(60):
+        kinds = rng.integers(0, 2, 4).tolist()
+        width = auto.width(4, [5] * 4, kinds)
+        accepted = [5 if kind else 0 for kind in kinds]
+        auto.observe(
+            rows=4,
+            asked=5,
+            width=width,
+            offered=[width] * 4,
+            accepted=[min(a, width) for a in accepted],
+            kinds=kinds,
+            draft_seconds=1e-5,
+            target_seconds=forward(width + 1),
+        )
+    assert auto.acceptance_of(1) > 0.9
+    assert auto.acceptance_of(0) < 0.2
+    assert auto.width(4, [5] * 4, [1, 1, 1, 1]) == 5
+    assert auto.width(4, [5] * 4, [0, 0, 0, 0]) == 0
+    assert auto.acceptance_of(7) == pytest.approx(auto.acceptance)  # never seen
+
+
 def test_cost_of_another_number_of_rows_is_taken_over() -> None:
     machine, auto = Machine(line(0.02), 0.0, 0.9), AutoK(KMAX)
     machine.run(auto, 50)

@@ -54,11 +54,16 @@ def test_drafts_are_those_of_the_definition(
     k = data.draw(st.lists(st.integers(0, width), min_size=size, max_size=size))
     active = data.draw(st.lists(st.booleans(), min_size=size, max_size=size))
     drafter = PromptLookup(n, min_n)
-    ids = drafter.propose(batch_of(rows, active), torch.tensor(k, dtype=torch.int32), width).ids
+    drafts = drafter.propose(batch_of(rows, active), torch.tensor(k, dtype=torch.int32), width)
+    ids, lengths = drafts.ids, drafts.kind.tolist()
     expected = [
         looked_up(row, n, min_n, count) if on else []
         for row, count, on in zip(rows, k, active, strict=True)
     ]
+    for row, length in zip(rows, lengths, strict=True):
+        assert bool(looked_up(row, n, 1, 1)) == (length > 0)
+        assert not length or looked_up(row, length, length, 1)
+        assert length == n or not looked_up(row, length + 1, length + 1, 1)
     # No more columns than the longest row of drafts.
     assert ids.shape == (size, max(len(drafts) for drafts in expected))
     for got, drafts in zip(ids.tolist(), expected, strict=True):
