@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 import transformers
 
 from alignops.integrations.early_exit import early_exit
+from alignops.speculative import speculative_generate
 
 SIZES = {
     "llama": {"num_key_value_heads": 1},
@@ -81,6 +82,29 @@ def test_view_generates_with_a_cache() -> None:
     for _ in range(got.shape[1] - 3):
         text = torch.cat([text, view(text).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(got, text)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "opt"])
+def test_view_drafts_for_its_model(kind: str) -> None:
+    model = model_of(kind).double()
+    view = early_exit(model, 2)
+    prompts = torch.randint(1, 23, (3, 5))
+    plain = speculative_generate(model, None, prompts, max_new_tokens=12, eos_token_id=[])
+    out = speculative_generate(
+        model, view, prompts, max_new_tokens=12, eos_token_id=[], return_stats=True
+    )
+    assert torch.equal(out.sequences, plain)
+    assert out.stats.offered > 0
+    everything = speculative_generate(
+        model,
+        early_exit(model, 3),
+        prompts,
+        max_new_tokens=12,
+        eos_token_id=[],
+        return_stats=True,
+    )
+    assert everything.stats.acceptance == 1
+    assert torch.equal(everything.sequences, plain)
 
 
 def test_lists_about_layers_are_cut() -> None:

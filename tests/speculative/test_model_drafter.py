@@ -14,9 +14,10 @@ pytest.importorskip("transformers")
 
 from alignops.integrations.speculative import HFAdapter
 from alignops.reference.speculative import law, laws
+from alignops.speculative import speculative_generate
 from alignops.speculative.adapter import Batch, Sampling
 from alignops.speculative.model_drafter import ModelDrafter
-from tests.speculative.models import KINDS, VOCAB, model
+from tests.speculative.models import KINDS, VOCAB, model, perturbed
 
 ROWS, CAPACITY = 3, 60
 GREEDY = Sampling(temperature=0.0, vocab_size=VOCAB)
@@ -202,3 +203,24 @@ def test_drafts_end_where_the_model_ends() -> None:
             tokens[row, : len(text)] = torch.tensor(text)
         after = Batch(tokens, torch.tensor(lengths), on.long(), on, lengths)
         drafter.commit(after, torch.tensor([0, 0], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("rule", ["coupled", "lossless"])
+def test_number_of_drafts_is_chosen_while_sampling(rule: str) -> None:
+    prompts = [torch.tensor(p) for p in ([3, 1, 4], [1, 5], [9, 2, 6, 5])]
+    options: dict[str, Any] = {
+        "max_new_tokens": 30,
+        "temperature": 0.8,
+        "top_k": 9,
+        "seed": 5,
+        "eos_token_id": [],
+        "return_stats": True,
+    }
+    out = speculative_generate(
+        model(), perturbed(0.1), prompts, rule=rule, num_draft_tokens="auto", **options
+    )
+    assert out.stats.offered > 0  # the first round drafts before costs are known
+    assert out.stats.zero_q == 0
+    if rule == "coupled":
+        plain = speculative_generate(model(), None, prompts, rule=rule, **options)
+        assert torch.equal(out.sequences, plain.sequences)

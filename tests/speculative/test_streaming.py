@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -20,6 +22,28 @@ def test_nothing_comes_after_the_end() -> None:
     stream.emit(1, [])
     stream.emit(1, [], finished=True)
     assert calls == [(1, [5, 6], False), (0, [7], True), (1, [], True)]
+
+
+@pytest.mark.parametrize("k", [0, 1, 5])
+def test_streamer_of_transformers_hears_what_generate_says(k: int) -> None:
+    pytest.importorskip("transformers")
+    from alignops.speculative import PromptLookup, speculative_generate
+    from tests.speculative.models import model, plain
+
+    net, prompt = model(), torch.tensor([[3, 1, 4, 1, 3, 1]])
+    text = plain(net, prompt[0], 20)
+    eos = text[11]
+    expected, recorder = Recorder(), Recorder()
+    options: dict[str, Any] = {"max_new_tokens": 20, "eos_token_id": eos, "pad_token_id": eos}
+    net.generate(prompt, streamer=expected, do_sample=False, **options)
+    speculative_generate(
+        net, PromptLookup(2), prompt, num_draft_tokens=k, streamer=recorder, **options
+    )
+    heard = [token for value in recorder.values for token in value]
+    said = [token for value in expected.values for token in torch.tensor(value).flatten().tolist()]
+    assert heard == said
+    assert heard[-1] == eos
+    assert recorder.ends == expected.ends == 1
 
 
 class Recorder:
