@@ -151,6 +151,39 @@ def test_page_picture_and_figures_of_spans(tmp_path: Path) -> None:
     assert "| matcher extend | 20 M tokens | 3 us |" in kind.readme(document, "name")
 
 
+def test_page_picture_and_figures_of_speculative(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra [bench]")
+    pytest.importorskip("transformers", reason="needs the extra [hf]")
+    from benchmarks import render, report
+
+    kind = report.report_of("speculative")
+    environment = {
+        **{"cores": 2, "cpu": "a CPU", "date": "2026-01-01T00:00:00", "isa": "avx2"},
+        **{"alignops": "0", "torch": "0", "python": "0", "minutes": 1, "quick": False},
+        **{"load_before": 0.0, "niceness": 0, "absent": []},
+        "limits": {"1": {"read_GBps": 30.0}},
+    }
+    case = "SmolLM2-135M on code, B=8, 2 threads"
+    entry = {"case": "verify", "name": "alignops", "seconds": 1e-3, "bytes": 10**7, "ratio": 0.5}
+    curve = [
+        {**entry, "case": case, "name": f"alignops K={k}", "seconds": 0.1 / (1 + k), "ratio": None}
+        for k in (0, 3)
+    ]
+    what = "prompt lookup against plain batched decoding"
+    bars = [
+        {"what": what, "case": case, "value": value, "bar": 1.2, "unit": "x", "note": "",
+         "at_most": False, "hit": value >= 1.2}
+        for value in (1.3, 1.1)
+    ]  # fmt: skip
+    document = {"environment": environment, "measurements": [entry, *curve], "bars": bars}
+    page = render.markdown(document, "picture.png", kind)
+    assert f"| {what} | 1.2 | 1.1 - 1.3 x | **missed in part**, 1 of 2 |" in page
+    assert "| alignops K=3 | 40.0 tokens/s |" in page
+    kind.plot(document, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+    assert f"| {what} | 1.1 - 1.3 x |" in kind.readme(document, "name")
+
+
 def test_corpus_is_repeated_and_spliced() -> None:
     from benchmarks import corpus
 
