@@ -462,6 +462,7 @@ class SpecSession:
 
         Raises:
             ValueError: logits of a row held NaN, or nothing was possible; nothing is committed.
+            RuntimeError: no row has emitted anything, for want of drafts.
         """
         assert self._drafts is not None
         drafts, clock = self._drafts, self.stats.clock
@@ -473,6 +474,11 @@ class SpecSession:
             rows: list[list[int]] = report.tolist()
         if any(row[3] for row in rows):
             out.raise_errors()
+        if not any(row[0] or row[2] for row in rows):
+            raise RuntimeError(
+                f"commit: no row has emitted a token: the rule {self.rule} needs drafts, and there "
+                "were none"
+            )
         with clock.phase("schedule"):
             host = self._host[:n]
             emitted = [row[0] for row in rows]

@@ -247,7 +247,7 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="rows must be"):
         session.add(torch.tensor([3]), 4)
     with pytest.raises(ValueError, match="rollback"):
-        _session(None, rule="nudge", layout="rollback")
+        _session(PromptLookup(2), rule="nudge", layout="rollback")
     with pytest.raises(ValueError, match="resume: row"):
         session.resume(0, None)  # type: ignore[arg-type]
 
@@ -258,6 +258,14 @@ def test_errors() -> None:
     session.add(torch.tensor([3]), 4)
     with pytest.raises(ValueError, match="propose"):
         session.draft()
+
+
+def test_a_rule_that_needs_drafts_does_not_wait_for_them() -> None:
+    silent = FunctionDrafter(lambda tokens, lengths, k: torch.full((1, k), -1))
+    session = _session(silent, rows=1, rule="rsd")
+    session.add(torch.tensor([3]), 4)
+    with pytest.raises(RuntimeError, match="rsd needs drafts"):
+        _finish(session)
 
 
 @pytest.mark.parametrize("fault", ["positions", "mask", "kept"])
