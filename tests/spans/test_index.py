@@ -82,16 +82,19 @@ def check_one(index: SpanIndex, naive: NaiveIndex, x: list[int], t: int, options
     assert equal(index.infgram_prob(x, t), naive.infgram_prob(x, t))
 
 
-def check_places(index: SpanIndex, naive: NaiveIndex, x: list[int]) -> None:
+def check_places(
+    index: SpanIndex, naive: NaiveIndex, x: list[int], text_size: int | None = None
+) -> None:
     """Every place is an occurrence; as many as asked for, none twice; all of them if allowed."""
     m = naive.count(x)
+    text_size = naive.n_tokens + naive.n_docs if text_size is None else text_size
     for limit in (3, m + 1):
         hits = index.locate(x, limit)
         places = set(zip(hits.document.tolist(), hits.offset.tolist(), strict=True))
         assert len(places) == len(hits.document) == min(m, limit)
         assert all(naive.docs[d][o : o + len(x)] == x for d, o in places)
         assert set(zip(hits.shard.tolist(), hits.position.tolist(), strict=True)) <= {
-            (s, p) for s in range(index.n_shards) for p in range(naive.n_tokens + naive.n_docs)
+            (s, p) for s in range(index.n_shards) for p in range(text_size)
         }
     everywhere = naive.locate(x, m + 1)
     assert places == set(zip(everywhere.document.tolist(), everywhere.offset.tolist(), strict=True))

@@ -12,8 +12,9 @@ import itertools
 import math
 import uuid
 from bisect import bisect_left, bisect_right
+from collections import namedtuple
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,65 +24,14 @@ Ints = npt.NDArray[np.int64]
 _SEPARATOR = chr(0x10FFFF)
 
 
-class Hits(NamedTuple):
-    """Where a span occurs, int64 (k,) each: position in the text, document, offset in it."""
-
-    shard: Ints
-    position: Ints
-    document: Ints
-    offset: Ints
-
-
-class Match(NamedTuple):
-    """A longest match: its length, its M, and its ranks [lo, hi), int64 (shards, 2)."""
-
-    length: int
-    count: int  # type: ignore[assignment]
-    intervals: Ints
-
-
-class Spans(NamedTuple):
-    """Spans x[start:end] with their counts, int64 (k,) each."""
-
-    start: Ints
-    end: Ints
-    count: Ints  # type: ignore[assignment]
-
-
-class NextDist(NamedTuple):
-    """Tokens that follow a context, ascending, with their counts."""
-
-    ids: Ints
-    counts: Ints
-    approx: bool
-
-
-class InfGram(NamedTuple):
-    """P(token | longest suffix that occurs), the length of that suffix u, M(u) and M(u token)."""
-
-    prob: float
-    length: int
-    context_count: int
-    count: int  # type: ignore[assignment]
-
-
-class Attribution(NamedTuple):
-    """A span of largest belief conflict and the documents that hold it."""
-
-    start: int
-    end: int
-    count: int  # type: ignore[assignment]
-    score: float
-    documents: tuple[int, ...]
-
-
-class Document(NamedTuple):
-    """A document: tokens int64 (n,), and what was stored with it."""
-
-    tokens: Ints
-    meta: Any
-    label: int | None
-    byte_offsets: Any
+# What queries return; alignops/spans/results.py says what the fields mean.
+Hits = namedtuple("Hits", "shard position document offset")
+Match = namedtuple("Match", "length count intervals")
+Spans = namedtuple("Spans", "start end count")
+NextDist = namedtuple("NextDist", "ids counts approx")
+InfGram = namedtuple("InfGram", "prob length context_count count")
+Attribution = namedtuple("Attribution", "start end count score documents")
+Document = namedtuple("Document", "tokens meta label byte_offsets")
 
 
 class NaiveIndex:
