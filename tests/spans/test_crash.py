@@ -1,5 +1,8 @@
-"""Builds that are killed, interrupted, out of disk or not alone: the old index or the new one is
-there, whole, and nothing but a folder that `open` refuses is left behind."""
+"""Builds that are killed, interrupted, out of disk or memory, or not alone.
+
+The old index or the new one is there, whole, and nothing but a folder that `open` refuses is left
+behind.
+"""
 
 import functools
 import json
@@ -334,6 +337,38 @@ def test_room_is_checked_before_long_work(mount: Callable[[int], Path]) -> None:
 
 
 # Company
+
+
+# Memory
+
+
+def build_in(folder: str, memory: str, limit: str) -> None:
+    """Build one document of 4 million tokens while the process may take `limit` MiB more."""
+    Path(folder).mkdir(exist_ok=True)
+    flat = np.random.default_rng(0).integers(0, 60, 4_000_000, np.uint8)
+    flat[2_000_000:] = flat[:2_000_000]
+    options: dict[str, Any] = {"vocab_size": 60, "fingerprint": "memory", "builder": "radix"}
+    build_index([flat[:100_000]], Path(folder, "warm"), **options)  # starts what starts once
+    with Path("/proc/self/status").open() as status:
+        (data,) = (int(line.split()[1]) << 10 for line in status if line.startswith("VmData"))
+    most = data + (int(limit) << 20)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    try:
+        report = build_index([flat], Path(folder, "new"), mem_bytes=int(memory) << 20, **options)
+        print(*report.builders, report.n_shards)
+    except MemoryError:
+        print("no memory")
+
+
+def test_memory_that_the_system_refuses(tmp_path: Path) -> None:
+    """A budget is kept where the kernel enforces little more; a budget that is not there fails."""
+    assert in_process(build_in, str(tmp_path), "12", "40").split() == ["radix-stream", "1"]
+    assert in_process(build_in, str(tmp_path / "b"), "1000", "24").split() == ["no", "memory"]
+    assert names_in(tmp_path / "b") == ["warm"]
+    assert in_process(build_in, str(tmp_path / "c"), "1000", "1000").split() == ["radix", "1"]
+    for name in ("tok.0", "suf.0", "doc.0"):
+        found = [(tmp_path / of / "new" / name).read_bytes()[4096:] for of in (".", "c")]
+        assert found[0] == found[1], name
 
 
 def test_readers_while_an_index_is_replaced(tmp_path: Path) -> None:
