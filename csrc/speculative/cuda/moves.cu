@@ -125,22 +125,23 @@ struct Listed {
   __device__ char* to(int64_t i) const { return cache.at(row, head, base + i); }
 };
 
-// The same where slots lie in pages; a row has fewer than 2^31.
+// The same where slots lie in pages, those of the row from `table_begin` on. It has fewer than 2^31
+// slots.
 struct ListedInPages {
   Listed list;
-  Pages pages;
+  Ints table;
+  int64_t table_begin, pages;
+  uint32_t page;  // slots of one
 
   __device__ int64_t page_of(int64_t slot) const {
-    const auto place = static_cast<uint32_t>(slot), size = static_cast<uint32_t>(pages.page);
-    return pages.table[list.row * pages.per_row + place / size];
+    return table[table_begin + static_cast<uint32_t>(slot) / page];
   }
   __device__ char* at(int64_t slot) const {
-    const auto place = static_cast<uint32_t>(slot), size = static_cast<uint32_t>(pages.page);
-    return list.cache.at(page_of(slot), list.head, place % size);
+    return list.cache.at(page_of(slot), list.head, static_cast<uint32_t>(slot) % page);
   }
   __device__ bool moves(int64_t i) const {
-    return list.moves(i) && fits(page_of(list.slot(i)), 1, pages.count) &&
-           fits(page_of(list.base + i), 1, pages.count);
+    return list.moves(i) && fits(page_of(list.slot(i)), 1, pages) &&
+           fits(page_of(list.base + i), 1, pages);
   }
   __device__ const char* from(int64_t i) const { return at(list.slot(i)); }
   __device__ char* to(int64_t i) const { return at(list.base + i); }
@@ -163,7 +164,7 @@ __device__ __forceinline__ void move_words(const Items& items, int64_t begin, in
     }
   };
   for (int64_t done = thread; done - thread < total; done += kThreads * kHeld) {
-    Word held[kHeld];
+    Word held[kHeld] = {};
     int64_t i = item;
     int32_t w = word;
 #pragma unroll
@@ -268,7 +269,11 @@ __device__ void apply(const PagedTree& plan, const Entry& entry, const Place& pl
   const int64_t base = tree.base[row], count = tree.length[row];
   if (!fits(0, count, tree.nodes) || !fits(base, count, slots)) return;
   const Listed items{entry.from, row, place.head, base, row * tree.nodes, slots, tree.path};
-  move_items<true>(entry, ListedInPages{items, plan.pages}, 0, count);
+  const auto page = static_cast<uint32_t>(plan.pages.page);
+  move_items<true>(
+      entry,
+      ListedInPages{items, plan.pages.table, row * plan.pages.per_row, plan.pages.count, page}, 0,
+      count);
 }
 
 struct Row {
@@ -305,8 +310,14 @@ __device__ void apply(const PackedInPlace& args, const Entry& entry, const Place
   });
 }
 
+// Paths through pages take more registers and move little.
+template <class Plan>
+constexpr int kBlocksOf = kBlocks;
+template <>
+inline constexpr int kBlocksOf<PagedTree> = 2;
+
 template <int kSize, class Plan>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kBlocksOf<Plan>)
     move_kernel(const __grid_constant__ Table<kSize> table, const Plan plan) {
   Place place{};
   const Entry& entry = find(table, place);
