@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -30,7 +31,7 @@ class Text:
     """
 
     sequence: int
-    prompt: Tensor
+    prompt: Tensor = field(compare=False)
     limit: int
     tokens: list[int] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
@@ -76,16 +77,11 @@ def write(
     The random words of a text are those of the seed `seed + sequence` and of absolute positions,
     so neither the order, nor the rows, nor an interruption changes what is written.
     """
-    bar = None
-    if progress:
-        from tqdm import tqdm
-
-        bar = tqdm(total=len(texts), unit="text")
     waiting = [text for text in texts if not text.finished][::-1]
-    if bar is not None:
-        bar.update(len(texts) - len(waiting))
+    places = {text.sequence: i for i, text in enumerate(texts)}
     rows: dict[int, Text] = {}
-    with torch.no_grad(), session.stats.clock.job():
+    with _bar(progress, len(texts)) as ended, torch.no_grad(), session.stats.clock.job():
+        ended(len(texts) - len(waiting))
         while waiting or rows:
             _fill(session, waiting, rows, seed, handler)
             drafts = session.draft()
@@ -101,15 +97,24 @@ def write(
                 text.finished = handler.after_commit(row, text, before) or text.finished
                 handler.save(text)
                 if stream is not None:
-                    at = texts.index(text)
-                    stream.emit(at, text.tokens[before:], finished=bool(text.finished))
+                    new = text.tokens[before:]
+                    stream.emit(places[text.sequence], new, finished=bool(text.finished))
                 if text.finished:
                     session.remove(row)
                     del rows[row]
-                    if bar is not None:
-                        bar.update()
-    if bar is not None:
-        bar.close()
+                    ended(1)
+
+
+@contextmanager
+def _bar(progress: bool, total: int) -> Iterator[Callable[[int], object]]:
+    """What is told that so many more texts have ended."""
+    if not progress:
+        yield lambda count: None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, unit="text") as bar:
+        yield bar.update
 
 
 def _fill(

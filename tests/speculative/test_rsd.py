@@ -200,6 +200,11 @@ def test_saved_texts_can_be_resumed() -> None:
     assert generate(4, resume=list(saved.values())).texts == generate(4).texts
 
 
+def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    generate(4, prompts=PROMPTS[:2], progress=True)
+    assert "2/2" in capsys.readouterr().err
+
+
 def test_sequence_ids_are_what_counts() -> None:
     texts = generate(4).texts
     some = generate(4, prompts=[PROMPTS[2], PROMPTS[0]], sequence_ids=[2, 0]).texts
