@@ -49,7 +49,12 @@ class ChainRun {
     return chain_.uniforms != nullptr ? chain_.uniforms[2 * i + 1] : random(i, Stream::kSample, 0);
   }
   uint32_t random(int64_t i, Stream stream, uint32_t lane) const {
-    return philox(chain_.seed, static_cast<uint32_t>(chain_.position + i), stream, lane).word[0];
+    return philox(chain_.seed, position(i), stream, lane).word[0];
+  }
+
+  // The generator counts positions modulo 2^32.
+  uint32_t position(int64_t i) const {
+    return static_cast<uint32_t>(chain_.position + static_cast<uint64_t>(i));
   }
 
   bool certain() const { return chain_.draft.data == nullptr; }
@@ -184,8 +189,8 @@ void ChainRun::block() {
 void ChainRun::coupled() {
   for (int64_t i = 0; i <= k(); ++i) {
     int64_t winner = -1;
-    if (!noted(work_.target.race(chain_.target.at(i), chain_.warp, chain_.seed, chain_.position + i,
-                                 winner)))
+    if (!noted(
+            work_.target.race(chain_.target.at(i), chain_.warp, chain_.seed, position(i), winner)))
       return;
     if (i < k() && draft(i) == winner) continue;
     return emit_following(i, winner);

@@ -59,7 +59,7 @@ TreeResult verify_trees(const Tensor& target, const Tensor& tokens, const Tensor
                                n,
                                warps.of(row),
                                static_cast<uint64_t>(value_or(random.seeds, row, int64_t{0})),
-                               value_or(random.positions, row, int64_t{0}),
+                               static_cast<uint64_t>(value_or(random.positions, row, int64_t{0})),
                                replacement};
                verify_tree(work, tree, rule, eos_ids, left != nullptr ? std::max(left[row], 0) : -1,
                            nodes, out);

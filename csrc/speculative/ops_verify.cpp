@@ -136,7 +136,7 @@ VerifyResult verify(const Tensor& target, const Tensor& draft_ids,
                         count,
                         warps.of(row),
                         static_cast<uint64_t>(value_or(random.seeds, row, int64_t{0})),
-                        value_or(random.positions, row, int64_t{0}),
+                        static_cast<uint64_t>(value_or(random.positions, row, int64_t{0})),
                         words != nullptr ? words + row * (k + 1) * 2 : nullptr,
                         out.state,
                         value_or(script, row, 0)};

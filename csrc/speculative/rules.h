@@ -83,7 +83,7 @@ struct Chain {
   int64_t k;
   Warp warp;
   uint64_t seed;
-  int64_t position;          // of the token that row 0 decides
+  uint64_t position;         // of the token that row 0 decides
   const uint32_t* uniforms;  // (k + 1, 2), or null
   uint8_t state;
   int64_t given;  // scripted
@@ -126,8 +126,8 @@ struct Tree {
   int64_t n;
   Warp warp;
   uint64_t seed;
-  int64_t position;  // of the token that row 0 decides
-  bool replacement;  // tree_rrs: children were drawn with replacement
+  uint64_t position;  // of the token that row 0 decides
+  bool replacement;   // tree_rrs: children were drawn with replacement
 };
 
 // As verify_chain. `path` has room for n nodes; path[0] = 0 is the root, and out.accepted + 1 nodes

@@ -26,7 +26,9 @@ class TreeRun {
     return -1;
   }
   uint32_t random(Stream stream, uint32_t lane) const {
-    return philox(tree_.seed, static_cast<uint32_t>(tree_.position + out_.accepted), stream, lane)
+    return philox(tree_.seed,
+                  static_cast<uint32_t>(tree_.position + static_cast<uint64_t>(out_.accepted)),
+                  stream, lane)
         .word[0];
   }
   bool noted(RowError error) {

@@ -53,9 +53,12 @@ def strided(rng: np.random.Generator, t: Tensor) -> Tensor:
     return view
 
 
-def make_warp(rng: np.random.Generator, b: int, size: int) -> dict[str, Any]:
-    """Temperature and cuts, numbers or of each row; some rows are greedy."""
+def make_warp(rng: np.random.Generator, b: int, size: int, probs: bool = False) -> dict[str, Any]:
+    """Temperature and cuts of each row; some rows are greedy. Probabilities have no others."""
     out: dict[str, Any] = {}
+    if probs:
+        greedy = rng.random(b) < 0.3
+        return {"temperature": torch.from_numpy(np.where(greedy, 0.0, 1.0).astype(np.float32))}
     if rng.random() < 0.7:
         out["temperature"] = torch.from_numpy(
             rng.choice([0.0, 0.1, 0.7, 1.0, 1.3, 30.0], b).astype(np.float32)
@@ -145,8 +148,7 @@ def make_case(
         "positions": torch.from_numpy(rng.integers(0, 2**33, b)),
         "is_probs": probs,
     }
-    if not probs:
-        case |= make_warp(rng, b, size)
+    case |= make_warp(rng, b, size, probs)
     if rng.random() < 0.3:
         words = rng.choice([0, 1, 2**31, 2**32 - 1, int(rng.integers(2**32))], (b, k + 1, 2))
         case["uniforms"] = torch.from_numpy(words.astype(np.uint32))
@@ -208,8 +210,7 @@ def make_tree_case(
         own = size if rng.random() < 0.7 else int(rng.integers(1, size + 1))
         case["draft"] = strided(rng, make(rng, b, n, own, dtype=dtype))
         case["replacement"] = bool(rng.random() < 0.5)
-    if not probs:
-        case |= make_warp(rng, b, size)
+    case |= make_warp(rng, b, size, probs)
     if rng.random() < 0.4:
         case["eos_ids"] = rng.integers(0, size, rng.integers(1, 4)).tolist()
     if rng.random() < 0.3:

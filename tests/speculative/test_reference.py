@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from alignops.reference.speculative import Law, Row, Tree, law, laws, philox, rules, verify
+from alignops.reference.speculative import Law, Row, Tree, given, law, laws, philox, rules, verify
 
 V = 6
 
@@ -320,3 +320,51 @@ def test_greedy_tree_follows_the_target() -> None:
     assert rules.tree_greedy(tree) == rules.Path([0, 2], 1)
     with pytest.raises(ValueError, match=r"parent\[1\] must be in \[0, 1\)"):
         Tree([0, 1], [0, 0], peak[:2])
+
+
+@pytest.mark.parametrize(
+    ("rule", "parameters"),
+    [
+        ("relaxed", {"m": 6, "r": 0.0}),
+        ("relaxed", {"m": 6, "delta": 1.0}),
+        ("threshold", {"t_single": 0.0}),
+        ("rsd", {"p_th": 0.0, "top_n": 0, "retry": "none"}),
+        *(("lossless", {}), ("block", {}), ("typical", {"eps": 0.0})),
+    ],
+)
+def test_impossible_drafts_never_stand(rule: str, parameters: dict[str, object]) -> None:
+    """Whatever the drafter says of them, and whatever follows."""
+    p = law(np.array([0.0, -np.inf, 1.0, 0.5, -np.inf, 0.1], np.float32))
+    certain, even = law(np.eye(V, dtype=np.float32)[1] * 500), law(np.zeros(V, np.float32))
+    impossible = law(np.array([0.0, -np.inf, 0.0, 0.0, 0.0, 0.0], np.float32))
+    for q in (certain, even, impossible):
+        for seed in range(20):
+            row = Row([p] * 4, [1, 2, 3], [q, even, even], seed)
+            assert verify(row, rule, **parameters).accepted == 0
+
+
+def test_nothing_is_left_to_emit() -> None:
+    row = Row([law(np.zeros(V, np.float32))] * 2, [0])
+    for remaining in (0, -1):
+        out = verify(row, "greedy", remaining=remaining)
+        assert (out.accepted, out.tokens, out.finished) == (0, [], rules.LENGTH)
+
+
+def test_given_probabilities_stay_as_they_are() -> None:
+    p = np.array([0.25, 0.0, 0.3, 0.3, 1e-39, 0.1], np.float32)
+    one = given(p)
+    assert (one.p == p).all()
+    assert one.argmax == 2
+    assert one.order().tolist() == [2, 3, 0, 5, 4, 1]
+    for bad in ([0.5, np.nan], [-0.1, 0.5], [1.5, 0.0], [0.0, 0.0]):
+        with pytest.raises(ValueError, match=r"given: probabilities must be in \[0, 1\]"):
+            given(bad)
+
+
+def test_nodes_that_are_left_out_of_a_tree() -> None:
+    p = law(np.array([0.0, 3.0, 1.0, 0.5, 0.2, 0.1], np.float32))
+    tree = Tree([-1, 0, 0, 2], [9, -1, 1, 1], [p] * 4)
+    path, out = rules.verify_tree(tree, "greedy", eos_ids=[1])
+    assert (path, out.tokens, out.finished) == ([0, 2], [1], rules.END_OF_TEXT)
+    with pytest.raises(ValueError, match=r"parent\[3\] must be in"):
+        Tree([-1, 0, 0, 1], [9, -1, 1, 1], [p] * 4)
