@@ -44,6 +44,8 @@ def test_every_rule_is_tested() -> None:
 def test_rules(rule: str, params: dict[str, Any]) -> None:
     Batch(rule, b=5, vd=290, params=params, seed=1).check()
     Batch(rule, b=4, k=4, v=37, dtype=torch.bfloat16, params=params, seed=2, limited=True).check()
+    for seed in (31, 32):  # laws with few likely ids: more drafts are accepted
+        Batch(rule, b=6, k=4, v=37, spread=4, params=params, seed=seed).check()
     Batch(rule, b=3, k=0, v=37, params=params, seed=3).check()
     Batch(rule, b=3, k=1, v=1, params=params, seed=4).check()
 
@@ -87,6 +89,7 @@ def test_given_words_and_certain_drafts(rule: str) -> None:
     assert batch.words is not None
     batch.words[0] = 0
     batch.words[1] = torch.tensor(2**32 - 1, dtype=torch.uint32)
+    batch.target[..., :7] = batch.target[..., -7:] = -torch.inf
     batch.check()
 
 
@@ -100,6 +103,23 @@ def test_any_block_size_gives_the_same_bits(block: int) -> None:
     """A tile may be read in any number of pieces."""
     for rule in ("block", "coupled", "rsd"):
         Batch(rule, b=2, k=2, v=5000, spread=1, seed=13, block=block, dtype=torch.float16).check()
+
+
+@pytest.mark.parametrize(
+    ("rule", "params"),
+    [
+        ("greedy", {}),
+        ("relaxed", {"m": 3, "r": 0.1}),
+        ("rsd", {"p_th": 0.0, "top_n": 1, "trials": 8, "retry": "descend"}),
+    ],
+)
+def test_equal_logits_go_by_their_ids(rule: str, params: dict[str, Any]) -> None:
+    for v, block in ((40, 4096), (4300, 512)):
+        batch = Batch(rule, b=4, k=2, v=v, spread=1, params=params, seed=17, block=block)
+        batch.target = batch.target.round()
+        if batch.draft is not None:
+            batch.draft = batch.draft.round()
+        batch.check()
 
 
 def test_rows_do_not_depend_on_their_batch() -> None:
