@@ -105,21 +105,24 @@ def test_any_block_size_gives_the_same_bits(block: int) -> None:
         Batch(rule, b=2, k=2, v=5000, spread=1, seed=13, block=block, dtype=torch.float16).check()
 
 
+DESCENT = {"p_th": 0.0, "top_n": 1, "trials": 40, "retry": "descend"}
+
+
 @pytest.mark.parametrize(
-    ("rule", "params"),
+    ("rule", "params", "v"),
     [
-        ("greedy", {}),
-        ("relaxed", {"m": 3, "r": 0.1}),
-        ("rsd", {"p_th": 0.0, "top_n": 1, "trials": 8, "retry": "descend"}),
+        *(("greedy", {}, v) for v in (40, 4300)),
+        *(("relaxed", {"m": 3, "r": 0.1}, v) for v in (40, 4300)),
+        ("rsd", DESCENT, 40),
     ],
 )
-def test_equal_logits_go_by_their_ids(rule: str, params: dict[str, Any]) -> None:
-    for v, block in ((40, 4096), (4300, 512)):
-        batch = Batch(rule, b=4, k=2, v=v, spread=1, params=params, seed=17, block=block)
-        batch.target = batch.target.round()
-        if batch.draft is not None:
-            batch.draft = batch.draft.round()
-        batch.check()
+def test_equal_logits_go_by_their_ids(rule: str, params: dict[str, Any], v: int) -> None:
+    block = 512 if v > 4096 else 4096
+    batch = Batch(rule, b=4, k=2, v=v, spread=1, params=params, seed=17, block=block)
+    batch.target = batch.target.round()
+    if batch.draft is not None:  # the one token that passes is among equals of the teacher
+        batch.draft = (batch.draft / 3).round().roll(1, -1)
+    batch.check()
 
 
 def test_rows_do_not_depend_on_their_batch() -> None:
