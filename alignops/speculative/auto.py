@@ -23,6 +23,8 @@ _PRIOR, _COMMON = 0.6, 2.0
 _SLOPE = 0.15
 # Times that are older than this many rounds, or more than this many, say nothing.
 _KEEP_ROUNDS, _KEEP = 256, 7
+# Measured costs are rough: drafting has to promise so many times the speed of not drafting.
+_MARGIN = 1.03
 # Drafts that cost less than this share of a plain forward are free.
 _FREE = 0.02
 # While nothing is drafted, one draft is tried after this many rounds, then after twice as many.
@@ -101,9 +103,7 @@ class AutoK:
         cost = self._draft.value() * self.max_drafts
         if self.trims and 0 < cost < _FREE * _forward(points, 1):
             return self.max_drafts
-        return self._probed(
-            max(range(self.max_drafts + 1), key=lambda k: self._rate(points, k)), probe=1
-        )
+        return self._best([self._rate(points, k) for k in range(self.max_drafts + 1)])
 
     def acceptance_of(self, kind: int) -> float:
         """Alpha of one kind of drafts."""
@@ -127,18 +127,19 @@ class AutoK:
             tokens = sum(expected_tokens(alpha, min(k, width)) for alpha, k in pairs)
             return tokens / _forward(points, 1 + width)
 
-        return self._probed(max(range(most + 1), key=rate), probe=min(1, most))
+        return self._best([rate(w) for w in range(most + 1)])
 
-    def _probed(self, best: int, probe: int) -> int:
-        """The best number, or now and then `probe` where that is 0."""
-        if best or not probe:
-            self._idle, self._probe = (0, _FIRST_PROBE) if best else (self._idle, self._probe)
+    def _best(self, rates: list[float]) -> int:
+        """The number of the best rate; where that is 0, now and then 1."""
+        best = max(range(len(rates)), key=rates.__getitem__)
+        if rates[best] > _MARGIN * rates[0]:
+            self._idle, self._probe = 0, _FIRST_PROBE
             return best
-        self._idle += 1
+        self._idle += len(rates) > 1
         if self._idle <= self._probe:
             return 0
         self._idle, self._probe = 0, min(2 * self._probe, _LAST_PROBE)
-        return probe
+        return 1
 
     def observe(
         self,
