@@ -137,6 +137,7 @@ def finish_kernel(
     accepted = tl.load(accept_len + b)
     token = tl.load(following + b)
     j = tl.arange(0, K_PAD)
+    retried = tl.full((), -1, tl.int32)  # the place of a retry
     if DRAWS:
         mode = tl.load(request + b * REQUEST + MODE)
         if RETRIES:
@@ -144,7 +145,7 @@ def finish_kernel(
             if (mode != NOTHING) & (found >= 0):
                 token = found
                 mode = tl.full((), NOTHING, tl.int64)
-                tl.store(source + b * (K + 1) + accepted, tl.full((), TEACHER_RETRY, tl.uint8))
+                retried = accepted
         if mode != NOTHING:
             k, factor = rate_of(temperature_of(temperature, b))
             tile = tl.arange(0, T_PAD)
@@ -182,6 +183,9 @@ def finish_kernel(
         length = tl.where(broken, limit, length)
     accepted = tl.minimum(accepted, length)
     last = tl.sum(tl.where((j == length - 1) & (length > accepted), emitted, 0), 0)
+    origin = tl.load(source + b * (K + 1) + j, mask=j < length, other=0)
+    origin = tl.where((j == retried) & (j < length), TEACHER_RETRY, origin).to(tl.uint8)
+    tl.debug_barrier()  # accept_len and source are read, too
     tl.store(accept_len + b, accepted)
     tl.store(num_emitted + b, length)
     tl.store(next_token + b, tl.where(length > accepted, last, -1))
@@ -190,7 +194,6 @@ def finish_kernel(
     if TREE:
         nowhere = tl.full((K_PAD,), -1, tl.int32)
         tl.store(path + b * (K + 1) + j, nowhere, mask=(j > accepted) & (j <= K))
-    origin = tl.load(source + b * (K + 1) + j, mask=j < length, other=0)
     tl.store(source + b * (K + 1) + j, origin, mask=j <= K)
 
 
