@@ -538,7 +538,7 @@ FileSummary Store::write_removal(int32_t s, std::span<const uint64_t> documents,
   header.vocab_size = view.vocab;
   // Under another name first: a list of the same name may be left of a removal that was killed.
   const std::string temporary = folder + "/" + file_name(kDel, header.shard) + ".tmp";
-  std::remove(temporary.c_str());
+  static_cast<void>(std::remove(temporary.c_str()));  // there may be none
   FileWriter file(temporary);
   file.append(words.data(), 8 * words.size());
   const FileSummary summary = file.finish(kFormat, header);
