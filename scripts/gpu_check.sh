@@ -49,9 +49,12 @@ export PYTHONUNBUFFERED=1
 quick=(-q -p no:cacheprovider --maxfail=20)
 "$python" -c "import xdist" 2>/dev/null && workers=1 || workers=0
 gpu_tests=(tests/spans/test_cuda.py tests/ternary/test_cuda.py tests/ternary/test_triton.py
-  tests/speculative/test_cuda.py tests/speculative/test_verify_cuda.py tests/speculative/test_triton.py tests/speculative/test_triton_trees.py)
-[ $workers = 1 ] && gpu_tests+=(-n 6) # most of the time goes into compiling Triton kernels
+  tests/speculative/test_cuda.py)
+verify_tests=(tests/speculative/test_verify_cuda.py tests/speculative/test_triton.py
+  tests/speculative/test_triton_trees.py)
+[ $workers = 1 ] && gpu_tests+=(-n 6) && verify_tests+=(-n 6) # most of the time goes into compiling Triton kernels
 stage gpu-tests 170 "$python" -m pytest "${quick[@]}" "${gpu_tests[@]}"
+stage verify-tests 150 "$python" -m pytest "${quick[@]}" "${verify_tests[@]}"
 
 sanitized='
 import torch, alignops
