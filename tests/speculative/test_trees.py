@@ -64,6 +64,25 @@ def test_widest_trees(isa: str, rule: str) -> None:
         check(case)
 
 
+@pytest.mark.parametrize("rule", ["tree_target", "tree_rrs"])
+def test_every_child_has_its_share(isa: str, rule: str) -> None:
+    """Five equal ids, four children and one of them twice: all outcomes occur."""
+    b = 200
+    case: dict[str, Any] = {
+        "target": torch.zeros(b, 6, 5),
+        "tokens": torch.tensor([9, 3, 0, 3, 4, 1]).repeat(b, 1),
+        "parent": torch.tensor([-1, 0, 0, 0, 0, 0]).repeat(b, 1),
+        "rule": rule,
+        "seeds": torch.arange(b),
+        "positions": torch.arange(b),
+    }
+    if rule == "tree_rrs":
+        case["draft"] = torch.randn(b, 6, 5)
+    check(case)
+    if rule == "tree_target":
+        assert call(case).path[:, 1].unique().tolist() == [-1, 1, 2, 4, 5]
+
+
 @pytest.mark.parametrize("rule", TREE_RULES)
 @pytest.mark.parametrize("fault", ["nan", "inf", "-inf"])
 def test_rows_without_a_law_emit_nothing(rule: str, fault: str) -> None:
