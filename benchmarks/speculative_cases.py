@@ -101,9 +101,12 @@ def make(
         q = torch.softmax(draft.float(), -1)
         p = torch.softmax(target[:, :-1].float(), -1)
         ids = torch.multinomial(q.flatten(0, 1), 1, generator=generator).view(batch, drafts)
-        # Words on the wanted side of the ratio; where it is 1 or more, every draft stands.
+        # Words on the wanted side of the ratio, at any distance; where it is 1 or more, every draft
+        # stands. 1 % is left out, because PyTorch rounds probabilities otherwise.
         ratio = (p / q).gather(-1, ids[..., None])[..., 0].clamp(max=1)
-        u = torch.where(stands, 0.9 * ratio, 1.1 * ratio).clamp(max=1 - 2**-20)
+        share = random(batch, drafts)
+        u = torch.where(stands, 0.99 * share * ratio, 1.01 * ratio + share * (1 - ratio))
+        u = u.clamp(max=1 - 2**-20)
         words = torch.cat([u, torch.zeros(batch, 1)], 1)[..., None]
         words = torch.cat([words, random(batch, drafts + 1, 1)], -1)
     uniforms = (words.double() * 2**32).long().to(torch.uint32)

@@ -58,6 +58,11 @@ class ChainRun {
   }
 
   bool certain() const { return chain_.draft.data == nullptr; }
+  // Whether something can be said of q before all of its row is summed up.
+  bool bounded() const {
+    return !certain() && chain_.stats == nullptr && !chain_.draft.probabilities &&
+           !chain_.warp.filters(chain_.draft.size);
+  }
   int64_t k() const { return chain_.k; }
   int64_t draft(int64_t i) const { return chain_.drafts[i]; }
 
@@ -137,9 +142,17 @@ void ChainRun::scripted() {
 
 void ChainRun::lossless() {
   for (int64_t i = 0; i < k(); ++i) {
-    float q = 0;
-    if (!read_target(i) || !draft_probability(i, q)) return;
+    if (!read_target(i)) return;
     const float p = work_.target.p(draft(i));
+    if (bounded()) {
+      // Most drafts that stand do so for any q that the largest logit of the drafter allows.
+      double most = 0;
+      if (!noted(work_.draft.read_bound(chain_.draft.at(i), chain_.warp, draft(i), most))) return;
+      if (most == 0 && p > 0) ++out_.zero_q;
+      if (accepts(accept_word(i), most, p)) continue;
+    }
+    float q = 0;
+    if (!draft_probability(i, q)) return;
     if (q == 0 && p > 0) ++out_.zero_q;
     if (accepts(accept_word(i), q, p)) continue;
     const int64_t without[] = {draft(i)};

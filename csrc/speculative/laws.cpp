@@ -73,6 +73,20 @@ RowError RowLaw::read_largest(const Source& source) {
   return stats_[best].best > least ? RowError::kNone : RowError::kImpossible;
 }
 
+RowError RowLaw::read_bound(const Source& source, const Warp& warp, int64_t id, double& most) {
+  if (const RowError error = read_largest(source); error != RowError::kNone) return error;
+  law_.rate = rate_of(warp.temperature);
+  const Weight best = weight_of(key_at(law_, argmax_));
+  const Weight own = weight_of(id < source.size ? key_at(law_, id) : 0);
+  const int64_t below = int64_t{best.exponent} - own.exponent;
+  most = 0;
+  if (own.mantissa == 0 || below > kNegligible) return RowError::kNone;
+  // A is at least the largest weight; the last factor covers all roundings of p32.
+  most = static_cast<double>(own.mantissa) / static_cast<double>(best.mantissa) *
+         power(-static_cast<int32_t>(below)) * (1 + 0x1p-20);
+  return RowError::kNone;
+}
+
 // The whole row, all ids kept.
 RowError RowLaw::scan() {
   for_tiles([&](int64_t begin, int64_t end) { kernels_.scan(law_, stats_.get(), begin, end); });

@@ -60,6 +60,9 @@ class RowLaw {
 
   // The largest value only: what greedy decoding needs.
   RowError read_largest(const Source& source);
+  // A bound of p(id) from the largest logit, for rows of logits that are not cut: 0 if and only if
+  // p(id) is. There is no law then.
+  RowError read_bound(const Source& source, const Warp& warp, int64_t id, double& most);
   // The law softmax(logits / temperature) cut to top-k, then top-p, then min-p; temperature > 0.
   RowError read(const Source& source, const Warp& warp);
   // The law as `stats` of an earlier `read` of this row describe it.

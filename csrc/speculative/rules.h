@@ -149,8 +149,8 @@ Proposal propose(Workspace& work, const Source& row, const Warp& warp, uint64_t 
 void cut(Emitted& out, std::span<const int64_t> eos_ids, int64_t remaining);
 
 // The test u q < p, strict: what p says is impossible is rejected at u = 0, too.
-inline bool accepts(uint32_t word, float q, float p) {
-  return static_cast<double>(word) * 0x1p-32 * static_cast<double>(q) < static_cast<double>(p);
+inline bool accepts(uint32_t word, double q, float p) {
+  return static_cast<double>(word) * 0x1p-32 * q < static_cast<double>(p);
 }
 
 inline bool contains(std::span<const int64_t> ids, int64_t id) {
