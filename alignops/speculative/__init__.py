@@ -33,12 +33,12 @@ from alignops.speculative.nudge import nudge_generate as nudge_generate
 from alignops.speculative.nudges import word_starts as word_starts
 from alignops.speculative.prompted import PromptedDrafter as PromptedDrafter
 from alignops.speculative.prompted import id_map_of as id_map_of
+from alignops.speculative.rows import ParkedSequence as ParkedSequence
+from alignops.speculative.rows import Round as Round
 from alignops.speculative.rsd import RsdOutput as RsdOutput
 from alignops.speculative.rsd import keeps_trace as keeps_trace
 from alignops.speculative.rsd import rsd_generate as rsd_generate
 from alignops.speculative.rsd import select_trace as select_trace
-from alignops.speculative.session import ParkedSequence as ParkedSequence
-from alignops.speculative.session import Round as Round
 from alignops.speculative.session import SpecSession as SpecSession
 from alignops.speculative.stability import check_row_invariance as check_row_invariance
 from alignops.speculative.stats import SpecStats as SpecStats

@@ -16,8 +16,9 @@ from alignops.speculative.auto import AutoK
 from alignops.speculative.drafters import FunctionDrafter
 from alignops.speculative.model_drafter import ModelDrafter
 from alignops.speculative.pool import Job, Pool
+from alignops.speculative.rows import Round
 from alignops.speculative.schedule import WINDOW, Exspec, Refill, Scheduler, Static
-from alignops.speculative.session import Round, SpecSession
+from alignops.speculative.session import SpecSession
 from alignops.speculative.stability import check_row_invariance
 from alignops.speculative.stats import SpecStats
 from alignops.speculative.streaming import Stream, Streamer, TextStreamer

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from alignops.speculative.session import ParkedSequence, Round, SpecSession
+from alignops.speculative.rows import ParkedSequence, Round
+from alignops.speculative.session import SpecSession
 
 
 @dataclass

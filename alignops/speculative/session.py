@@ -8,7 +8,7 @@ Source: arXiv 2211.17192 (rounds), arXiv 2510.22876 (batches of rows that accept
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,11 +19,11 @@ from alignops.speculative.adapter import Batch, Drafter, Drafts, ModelAdapter, S
 from alignops.speculative.invariants import CheckedAdapter
 from alignops.speculative.placement import (
     PLACEMENTS,
-    Parked,
     Placement,
     StablePlacement,
     choose_layout,
 )
+from alignops.speculative.rows import ParkedSequence, Round, Row
 from alignops.speculative.stats import SpecStats
 from alignops.speculative.verify import VerifyOut, verify
 
@@ -33,51 +33,6 @@ RULES_WITH_PROPOSALS = ("lossless", "block", "rsd")
 RULES_OF_DRAFTS = ("rsd", "nudge")
 _FINISHED = ("", "eos", "length", "stop")
 _STOP = 3
-
-
-@dataclass(frozen=True)
-class Round:
-    """What a round has committed; rows without a sequence have emitted nothing.
-
-    Attributes:
-        tokens: of each of the first n rows, as many as it has emitted.
-        accepted: how many of them were drafts.
-        offered: how many drafts there were, without those behind the end of the text.
-        finished: "eos", "length", "stop", or "" for a row that goes on.
-    """
-
-    tokens: list[list[int]]
-    accepted: list[int]
-    offered: list[int]
-    finished: list[str]
-
-
-@dataclass
-class _Row:
-    """What the host knows of a row."""
-
-    length: int = 1
-    remaining: int = 0
-    active: bool = False
-    occupied: bool = False
-    tail: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class ParkedSequence:
-    """A sequence that waits outside of the batch."""
-
-    tokens: Tensor
-    row: _Row
-    seed: int
-    state: Tensor
-    cache: Parked
-    draft: Any
-
-    @property
-    def aligned(self) -> int:
-        """Slot behind the last token where it lay."""
-        return self.cache.pad + self.cache.length
 
 
 class SpecSession:
@@ -193,7 +148,7 @@ class SpecSession:
         )
         self._seeds = torch.zeros(rows, dtype=torch.int64, device=device)
         self._state = torch.zeros(rows, dtype=torch.uint8, device=device)
-        self._host = [_Row() for _ in range(rows)]
+        self._host = [Row() for _ in range(rows)]
         self._drafts: Drafts | None = None
 
     # Sequences
@@ -268,7 +223,7 @@ class SpecSession:
             self._tokens[row, : len(prompt)] = prompt
             self._seeds[row] = _signed(seed)
             self._state[row] = 0
-            self._host[row] = _Row(len(prompt), limit, limit > 0, True)
+            self._host[row] = Row(len(prompt), limit, limit > 0, True)
         self.stats.prompts += len(rows)
         return rows
 
@@ -304,7 +259,7 @@ class SpecSession:
         """Free a row."""
         if not self._host[row].occupied:
             return
-        self._host[row] = _Row()
+        self._host[row] = Row()
         self._forget(row)
 
     def _forget(self, row: int) -> None:
@@ -320,7 +275,7 @@ class SpecSession:
         seed = int(self._seeds[row])
         draft = None if self.drafter is None else self.drafter.park(row)
         cache = self.placement.park(row)
-        self._host[row] = _Row()
+        self._host[row] = Row()
         return ParkedSequence(tokens, host, seed, state, cache, draft)
 
     def resume(self, row: int, parked: ParkedSequence) -> None:
@@ -484,7 +439,7 @@ class SpecSession:
             emitted = [row[0] for row in rows]
             finished = [row[2] for row in rows]
             for i, row in enumerate(rows):
-                stop = self._stop_at(host[i], row[5 : 5 + emitted[i]])
+                stop = host[i].stop_at(row[5 : 5 + emitted[i]], self.stop)
                 if stop is not None:
                     emitted[i], finished[i] = stop, _STOP
             running = [row.active and not end for row, end in zip(host, finished, strict=True)]
@@ -504,7 +459,7 @@ class SpecSession:
         with clock.phase("schedule"):
             self._state[:n] = out.state
             self._host[:n] = [
-                self._after(row, tokens, not end)
+                row.after(tokens, not end, self.stop)
                 for row, tokens, end in zip(host, new, finished, strict=True)
             ]
             self._drafts = None
@@ -553,26 +508,6 @@ class SpecSession:
             grouping=None if grouped is None else "grouped" if grouped else "fallback",
         )
         self.stats.finished += sum(1 for end in finished if end)
-
-    def _after(self, row: _Row, tokens: list[int], runs: bool) -> _Row:
-        """What the host knows of a row that has emitted tokens."""
-        longest = max(map(len, self.stop), default=0)
-        return _Row(
-            row.length + len(tokens),
-            row.remaining - len(tokens),
-            row.active and runs,
-            row.occupied,
-            (row.tail + tokens)[-longest:] if longest else [],
-        )
-
-    def _stop_at(self, row: _Row, tokens: list[int]) -> int | None:
-        """How many of the new tokens stay if the text ends with a stop sequence in them."""
-        text = row.tail + tokens
-        for count in range(len(row.tail) + 1, len(text) + 1):
-            for sequence in self.stop:
-                if text[max(0, count - len(sequence)) : count] == sequence:
-                    return count - len(row.tail)
-        return None
 
 
 def _widened(values: Tensor | None, width: int) -> Tensor | None:
