@@ -50,7 +50,8 @@ def plot(document: dict[str, Any], path: Path) -> None:
     right.set(xlabel="drafts per round, K", ylabel="tokens per second, of those without drafts")
     for panel in (left, right):
         panel.grid(alpha=0.3, which="both")
-        panel.legend(fontsize=8)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -134,9 +134,9 @@ def _temporaries(report: SpeculativeReport, made: speculative_cases.Case) -> Ite
     yield f"{case}, memory"
     rows, k, v = made.shape
     tiles = rows * (k + 1) * -(-v // 4096)
-    ours = speculative_cases.temporary_bytes(lambda: speculative_cases.verify(made))
+    ours = speculative_cases.temporaries(made)
     eager = speculative_cases.EAGER[made.rule]["eager"]
-    theirs = speculative_cases.temporary_bytes(lambda: eager(made))
+    theirs = speculative_cases.temporaries(made, eager)
     # The allocator and the stacks of threads take pages of their own.
     limit = PARTIAL_BYTES * tiles + (1 << 20)
     report.bar(
@@ -181,13 +181,8 @@ def cache(report: SpeculativeReport) -> Iterator[str]:
                 "memory allocated by a shift", case, cases.allocated(made), 0.0, "B", at_most=True
             )
             yield f"{case}, append"
-            new, lens = cases.new_columns(made), cases.lengths(made)
-            runners = [
-                cases.append(made, new, lens),
-                cases.append_by_index(made, new, lens),
-                cases.append_by_slices(made, new, lens),
-                cases.append_by_concatenation(made, new),
-            ]
+            new, lens = cases.new_columns(made), cases.lengths(slots)
+            runners = cases.appends(made, new, lens)
             rates = _rates(report, f"{case}, append", runners, threads)
             for name in rates:
                 if name != "ragged_append_":
