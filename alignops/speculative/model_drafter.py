@@ -41,7 +41,7 @@ class ModelDrafter:
 
     Args:
         adapter: the model, whose layouts must include "ragged". Ids must mean the same as in the
-            target; it may have fewer or more of them.
+            target; it may have more of them, or fewer: those that it lacks it reads as id 0.
 
     Raises:
         ValueError: the model does not take rows of their own lengths.
@@ -106,6 +106,7 @@ class ModelDrafter:
     @torch.no_grad()
     def _forward(self, ids: Tensor, at: Tensor, rows: slice, upto: int, last: int) -> Tensor:
         """Logits of the last columns; the first one of each row is written at slot `at`."""
+        ids = torch.where(ids < self.adapter.vocab_size, ids, 0)
         logits = run_model(
             self.adapter, self._cache, ids, at.int(), rows=rows, upto=upto, last=last
         )
