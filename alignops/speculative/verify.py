@@ -231,7 +231,7 @@ def verify(
         _logits(target),
         _as(draft_ids, torch.int64),
         None if draft is None else _logits(draft),
-        draft_stats,
+        None if draft_stats is None else draft_stats.contiguous(),
         _as(draft_lens, torch.int32),
         _as(cu, torch.int32),
         RULES[rule][0],

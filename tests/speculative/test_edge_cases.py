@@ -14,6 +14,7 @@ from alignops.integrations.speculative import HFAdapter
 from alignops.speculative import propose, verify
 from alignops.speculative.drafters import FunctionDrafter, PromptLookup
 from alignops.speculative.generate import speculative_generate
+from alignops.speculative.model_drafter import ModelDrafter
 from alignops.speculative.session import SpecSession
 from alignops.speculative.verify import RULES
 from tests.speculative.models import VOCAB, generated, model, oracle, perturbed, prompts, texts
@@ -56,6 +57,27 @@ def test_equal_laws_accept_everything(isa: str, rule: str, word: int) -> None:
     out = _decide(target, [3, 0, 36], target[:3].clone(), rule, word)
     assert out.accept_len.tolist() == [3]
     assert out.num_emitted.tolist() == [4]
+
+
+@pytest.mark.parametrize("rule", ["lossless", "block"])
+def test_the_first_drafts_of_a_proposal_may_be_verified_alone(rule: str) -> None:
+    """With logits and statistics that are views of wider tensors."""
+    session = SpecSession(
+        HFAdapter(model()),
+        ModelDrafter(HFAdapter(perturbed(0.2))),
+        rows=2,
+        capacity=32,
+        num_draft_tokens=4,
+        rule=rule,
+    )
+    session.prefill(prompts([4, 9]), 9)
+    drafts = session.draft()
+    whole = session.verify(drafts)
+    some = session.verify(drafts.first(2))
+    assert some.accept_len.shape == (2,)
+    if rule == "lossless":
+        assert torch.equal(some.accept_len, whole.accept_len.clamp(max=2))
+    session.commit(some)
 
 
 def _certain(token: int, size: int = 9) -> Tensor:
