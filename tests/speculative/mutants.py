@@ -143,8 +143,8 @@ MUTANTS = [
     Mutant(
         "the ratio of the test is inverted",
         "csrc/speculative/rules.h",
-        "static_cast<double>(q) < static_cast<double>(p);",
-        "static_cast<double>(p) < static_cast<double>(q);",
+        "0x1p-32 * q < static_cast<double>(p);",
+        "0x1p-32 * static_cast<double>(p) < q;",
         _VERIFY,
     ),
     Mutant(
@@ -180,8 +180,8 @@ MUTANTS = [
     Mutant(
         "an end of text is looked for in the prompt",
         _SESSION,
-        "_Row(len(prompt), limit, limit > 0, True)",
-        "_Row(len(prompt), limit, limit > 0 and not {*prompt.tolist()} & {*self.eos_ids}, True)",
+        " Row(len(prompt), limit, limit > 0, True)",
+        " Row(len(prompt), limit, limit > 0 and not {*prompt.tolist()} & {*self.eos_ids}, True)",
         _GENERATE,
     ),
     Mutant(
