@@ -25,9 +25,9 @@ TIMEOUT_SECONDS = 900  # a fault may make a loop endless, which is noticed, too
 
 @dataclass(frozen=True)
 class Mutant:
-    """A fault: `old`, which stands once in the file, becomes `new`; `tests` are to fail then.
+    """A fault: `old`, which stands once in the file, becomes `new`.
 
-    `fast` ones are planted in every run of CI.
+    `tests`, arguments of pytest, are to fail then. `fast` ones are planted in every run of CI.
     """
 
     name: str
@@ -150,9 +150,10 @@ def run(mutants: Sequence[Mutant]) -> list[Result]:
         gate = Gate(Path(name))
         if any(mutant.native for mutant in mutants):
             gate.build()
-        passed, first = gate.test(sorted({test for mutant in mutants for test in mutant.tests}))
-        if not passed:
-            raise RuntimeError(f"mutation: {first} fails without any fault")
+        for tests in dict.fromkeys(mutant.tests for mutant in mutants):
+            passed, first = gate.test(tests)
+            if not passed:
+                raise RuntimeError(f"mutation: {first} fails without any fault")
         for mutant in mutants:
             start = time.perf_counter()
             with gate.planted(mutant):

@@ -174,7 +174,7 @@ MUTANTS = [
         "cmake/core.cmake",
         "-ffp-contract=off",
         "-ffp-contract=fast",
-        _VERIFY,
+        ("tests/test_isa.py",),  # kernels that disagree are replaced, so nothing else shows it
     ),
     # Rows
     Mutant(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from alignops import testing
+from alignops.reference.speculative import laws
 from alignops.speculative import propose, verify
 from alignops.speculative.verify import RULES
 from tests.speculative.oracle import assert_rows, expected_rows
@@ -120,3 +121,22 @@ def test_bad_values_are_seen_in_every_lane(isa: str, dtype: torch.dtype, value: 
         out = propose(logits, seeds=numbers, positions=numbers, temperature=temperature)
         assert out.row_error.eq(1).all()
         assert out.ids.eq(-1).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_of_weights_are_those_of_the_definition(isa: str, dtype: torch.dtype) -> None:
+    """Decisions hardly ever show the last bit of a weight; the sum over a vocabulary does."""
+    rng = generator(0, 2000)
+    for temperature in (0.2, 0.7, 1.0, 3.0):
+        logits = make_logits(rng, 3, 1, 9001, dtype=dtype)[:, 0]
+        found = propose(
+            logits,
+            seeds=torch.arange(3),
+            positions=torch.arange(3),
+            temperature=temperature,
+        )
+        found.raise_errors()
+        for row, stats, token in zip(logits, found.stats.tolist(), found.ids.tolist(), strict=True):
+            law = laws.law(row.float().numpy(), temperature)
+            weight = [int(law.mantissa[token]), int(law.exponent[token])]
+            assert stats[:4] == [law.top, law.total, *weight], temperature

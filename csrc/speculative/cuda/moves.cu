@@ -285,7 +285,8 @@ __device__ __forceinline__ Row packed_row(const Packed& plan, const Entry& entry
   const int64_t dst = plan.new_cu[row], dst_end = plan.new_cu[row + 1];
   const bool good = src >= 0 && src <= src_end && src_end <= entry.from.slots && dst >= 0 &&
                     dst <= dst_end && dst_end <= entry.to.slots;
-  return {src, dst, good ? smaller(src_end - src, dst_end - dst) : 0};
+  if (!good) return {0, 0, 0};
+  return {src, dst, smaller(src_end - src, dst_end - dst)};
 }
 
 __device__ void apply(const Packed& plan, const Entry& entry, const Place& place) {
