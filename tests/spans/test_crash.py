@@ -225,6 +225,15 @@ def test_resume_without_anything_to_resume(tmp_path: Path) -> None:
 # Ctrl-C
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C is an exception, also in a background job of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 @pytest.mark.parametrize("phase", ["read", "sort"])
 def test_interrupt(tmp_path: Path, phase: str) -> None:
     build(tmp_path / "index", OLD)
