@@ -34,7 +34,7 @@ def check_row_invariance(target: ModelAdapter, B: int, Q: int) -> None:
         >>> from alignops.integrations.speculative import HFAdapter
         >>> sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
         >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=99))
-        >>> check_row_invariance(HFAdapter(model.eval()), B=2, Q=3)
+        >>> check_row_invariance(HFAdapter(model.eval()), B=2, Q=4)
     """
     check(B >= 1, f"check_row_invariance: B must be at least 1, got {B}")
     check(Q >= 1, f"check_row_invariance: Q must be at least 1, got {Q}")
