@@ -1,44 +1,28 @@
-#include "common/isa.h"
+#include "common/level_tables.h"
 #include "speculative/kernels.h"
 #include "speculative/self_test.h"
 
 namespace alignops::speculative {
 namespace {
 
-// One table per level. A table that disagrees with the scalar one gives way to the level below.
-struct Tables {
-  const Kernels* levels[kNumIsas];
-  const char* failure = nullptr;
-
-  Tables() noexcept {
-    for (const Kernels*& level : levels) level = &kRowsScalar;
+LevelTables<Kernels> make_tables() noexcept {
+  LevelTables<Kernels> tables(kRowsScalar, agrees_with_scalar, "speculative rows");
 #if defined(__x86_64__)
-    add(Isa::kAvx2, kRowsAvx2);
-    add(Isa::kAvx512, kRowsAvx512);
+  tables.add(Isa::kAvx2, kRowsAvx2);
+  tables.add(Isa::kAvx512, kRowsAvx512);
 #endif
-  }
+  return tables;
+}
 
-  void add(Isa isa, const Kernels& candidate) noexcept {
-    const int level = static_cast<int>(isa);
-    levels[level] = levels[level - 1];
-    if (!isa_supported(isa)) return;
-    if (agrees_with_scalar(candidate)) {
-      levels[level] = &candidate;
-    } else {
-      failure = "speculative rows";
-    }
-  }
-};
-
-const Tables& tables() noexcept {
-  static const Tables instance;
+const LevelTables<Kernels>& tables() noexcept {
+  static const LevelTables<Kernels> instance = make_tables();
   return instance;
 }
 
 }  // namespace
 
-const Kernels& kernels() { return *tables().levels[static_cast<int>(active_isa())]; }
+const Kernels& kernels() { return tables().active(); }
 
-const char* self_test_failure() { return tables().failure; }
+const char* self_test_failure() { return tables().failure(); }
 
 }  // namespace alignops::speculative

@@ -1,0 +1,43 @@
+// The kernel table of every instruction set level of one core.
+#pragma once
+
+#include "common/isa.h"
+
+namespace alignops {
+
+// A table that disagrees with the scalar one, or that this CPU lacks, gives way to the level below.
+template <class Kernels>
+class LevelTables {
+ public:
+  using Agrees = bool (*)(const Kernels& candidate);
+
+  LevelTables(const Kernels& scalar, Agrees agrees, const char* name)
+      : agrees_(agrees), name_(name) {
+    for (const Kernels*& level : levels_) level = &scalar;
+  }
+
+  // Levels are added in rising order.
+  void add(Isa isa, const Kernels& candidate) {
+    const int level = static_cast<int>(isa);
+    levels_[level] = levels_[level - 1];
+    if (!isa_supported(isa)) return;
+    if (agrees_(candidate)) {
+      levels_[level] = &candidate;
+    } else {
+      failure_ = name_;
+    }
+  }
+
+  const Kernels& active() const { return *levels_[static_cast<int>(active_isa())]; }
+
+  // The name, if a table of this CPU disagreed, else null.
+  const char* failure() const { return failure_; }
+
+ private:
+  const Kernels* levels_[kNumIsas];
+  Agrees agrees_;
+  const char* name_;
+  const char* failure_ = nullptr;
+};
+
+}  // namespace alignops
