@@ -198,8 +198,8 @@ def _run(console: Console, batch: int, tokens: int, drafts: int, exit_layer: int
     _print_table(console, runs, len(rows))
     best = max(runs, key=lambda run: run.tokens_per_second)
     console.print(
-        f"Drafts from {best.drafter}, {best.scheduler}, {best.layout} are the fastest here. A batch "
-        "of many rows keeps a CPU busy without drafts; few rows gain most: try --batch 2."
+        f"Drafts from {best.drafter}, {best.scheduler}, {best.layout} are the fastest here. A "
+        "batch of many rows keeps a CPU busy without drafts; few rows gain most: try --batch 2."
     )
     console.print(f"\nThe last line in full:\n{last}")
     return {
@@ -229,10 +229,10 @@ def _print_table(console: Console, runs: Sequence[Run], rows: int) -> None:
     for name in ("drafts", "scheduler", "layout"):
         table.add_column(name, no_wrap=True)
     for name in (
-        "rows\nequal",
+        "equal",
         "rounds",
         "tokens/\nround",
-        "accep-\ntance",
+        "accep-\nted",
         "over-\nhead",
         "tok/s",
     ):
