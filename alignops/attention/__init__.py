@@ -1,0 +1,9 @@
+"""Attention of several workers over shared cache blocks, each with its own order of them."""
+
+from alignops.attention.errors import BlockBusy as BlockBusy
+from alignops.attention.errors import LayoutError as LayoutError
+from alignops.attention.errors import PoolExhausted as PoolExhausted
+from alignops.attention.errors import PositionError as PositionError
+from alignops.attention.errors import StalePlan as StalePlan
+from alignops.attention.errors import StepError as StepError
+from alignops.attention.errors import UnsupportedModel as UnsupportedModel
