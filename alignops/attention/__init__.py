@@ -7,3 +7,4 @@ from alignops.attention.errors import PositionError as PositionError
 from alignops.attention.errors import StalePlan as StalePlan
 from alignops.attention.errors import StepError as StepError
 from alignops.attention.errors import UnsupportedModel as UnsupportedModel
+from alignops.attention.rope import RopeSpec as RopeSpec

@@ -1,0 +1,1 @@
+"""Definition of attention over shared cache blocks: rotary positions, the operator."""
