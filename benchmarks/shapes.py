@@ -75,3 +75,29 @@ CACHES = {
         CacheShape("LLaMA-3-8B", 32, 8, 128),
     )
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionShape:
+    """Attention of a model: query heads share `kv_heads` heads of keys and values."""
+
+    name: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+
+ATTENTION = {
+    shape.name: shape
+    for shape in (
+        AttentionShape("QwQ-32B", 64, 40, 8, 128),
+        AttentionShape("LLaMA-3-8B", 32, 32, 8, 128),
+        AttentionShape("Qwen3-4B", 36, 32, 8, 128),
+        AttentionShape("Qwen2.5-0.5B", 24, 14, 2, 64),
+    )
+}
