@@ -20,6 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from alignops.attention.rope import RopeSpec
 from benchmarks.attention_layouts import Layout
 from benchmarks.shapes import AttentionShape
 from benchmarks.timing import Runner, ring_length
@@ -31,10 +32,16 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
+@functools.cache
+def rope(head_size: int) -> RopeSpec:
+    """Of all cases: every dimension rotates."""
+    return RopeSpec.default(head_size, THETA)
+
+
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
     """x (..., D) in pairs (i, i + D/2) by `positions` (...), computed in float64, x's dtype."""
     half = x.shape[-1] // 2
-    frequency = (1 / THETA ** (torch.arange(half, dtype=torch.float64) / half)).float().double()
+    frequency = torch.tensor(rope(x.shape[-1]).inv_freq, dtype=torch.float64)
     angle = positions.double()[..., None] * frequency
     cos, sin = angle.cos(), angle.sin()
     a, b = x.double().split(half, -1)

@@ -36,7 +36,15 @@ def ring_length(weight_bytes: int, cold: bool) -> int:
 def alternate(
     runners: Sequence[Runner], rounds: int, seconds_per_turn: float = 0.05
 ) -> dict[str, float]:
-    """Median seconds per operation of each runner; who begins rotates from round to round.
+    """Median seconds per operation of each runner, taken in `turns`."""
+    found = turns(runners, rounds, seconds_per_turn)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def turns(
+    runners: Sequence[Runner], rounds: int, seconds_per_turn: float = 0.05
+) -> dict[str, list[float]]:
+    """Seconds per operation of each runner in each round; who begins rotates from round to round.
 
     A turn is at least one pass and about `seconds_per_turn` long, after a pause and a pass that is
     not timed.
@@ -53,4 +61,4 @@ def alternate(
             time.sleep(SETTLE_SECONDS)
             runner.run()
             samples[runner.name].append(runner.seconds(passes[runner.name]))
-    return {name: statistics.median(values) for name, values in samples.items()}
+    return samples
