@@ -134,21 +134,19 @@ class HogwildCache(Cache):
 
 
 @dataclass(frozen=True)
-class LayerFacts:
-    """What a layer hands to the attention function."""
+class LayerGeometry:
+    """Sizes of the keys and values of a layer."""
 
-    q_heads: int
     kv_heads: int
     head_dim: int
     v_head_dim: int
-    window: int | None
 
 
 class Recorder:
     """Handles a forward by noting what the layers hand over; attention is to the token itself."""
 
     def __init__(self) -> None:
-        self.layers: list[LayerFacts] = []
+        self.layers: list[LayerGeometry] = []
 
     def __call__(
         self,
@@ -164,9 +162,8 @@ class Recorder:
         """The values themselves, which is what attention to a single key without sinks gives."""
         if layer != len(self.layers):
             raise UnsupportedModel(
-                f"concurrent_model: layers must call attention once each and in order, got layer "
+                "concurrent_model: layers must call attention once each and in order, got layer "
                 f"{layer} as call {len(self.layers)}"
             )
-        facts = LayerFacts(query.shape[1], key.shape[1], query.shape[-1], value.shape[-1], window)
-        self.layers.append(facts)
-        return torch.repeat_interleave(value, query.shape[1] // key.shape[1], 1).transpose(1, 2)
+        self.layers.append(LayerGeometry(key.shape[1], key.shape[-1], value.shape[-1]))
+        return value.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(1, 2)
