@@ -47,8 +47,8 @@ class RopeSpec:
         >>> [round(f, 3) for f in spec.inv_freq]
         [1.0, 0.1]
         >>> x = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
-        >>> spec.rotate(x, torch.tensor([1])).round(decimals=3).tolist()
-        [[0.54, 0.0, 0.841, 0.0]]
+        >>> [round(y, 3) for y in spec.rotate(x, torch.tensor([1]))[0].tolist()]
+        [0.54, 0.0, 0.841, 0.0]
     """
 
     inv_freq: tuple[float, ...]
