@@ -76,6 +76,7 @@ setup(
     package_dir={"alignops.triton_kernels": "triton_kernels"},
     package_data={
         "alignops": ["py.typed", "*.pyi"],
+        "alignops.attention": ["texts/*.json"],
         "alignops.spans": ["report.html"],
         "alignops.triton_kernels": ["configs/*.json"],
     },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -75,3 +75,62 @@ def span_index(docs: Iterable[Any], vocab_size: int, **options: Any) -> SpanInde
     with tempfile.TemporaryDirectory() as folder:
         build_index(docs, f"{folder}/index", vocab_size=vocab_size, **options)
         return SpanIndex.open(f"{folder}/index", mode="ram")
+
+
+class ByteTokenizer:
+    r"""A tokenizer without files: a token for each byte, for given words, and end of text.
+
+    Args:
+        words: further tokens; `encode` prefers the longest one.
+
+    Attributes:
+        eos_token_id, pad_token_id: end of text, the last id.
+
+    Example:
+        >>> tokenizer = ByteTokenizer(["\n\n"])
+        >>> tokenizer.encode("Hi\n\n"), tokenizer.decode([72, 105, 256]), len(tokenizer)
+        ([72, 105, 256], 'Hi\n\n', 258)
+    """
+
+    chat_template = None
+    bos_token_id = None
+
+    def __init__(self, words: Sequence[str] = ()) -> None:
+        self._bytes = [bytes([i]) for i in range(256)] + [word.encode() for word in words]
+        self._words = sorted(
+            ((word.encode(), 256 + i) for i, word in enumerate(words)), key=lambda w: -len(w[0])
+        )
+        self.eos_token_id = self.pad_token_id = len(self._bytes)
+
+    def __len__(self) -> int:
+        return self.eos_token_id + 1
+
+    def get_vocab(self) -> dict[str, int]:
+        """Ids of the words and of the end of text."""
+        words = {word.decode(): token for word, token in self._words}
+        return {**words, "<|end|>": self.eos_token_id}
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text; there are no special tokens that mark its beginning or end."""
+        data, ids, at = text.encode(), [], 0
+        while at < len(data):
+            word = next(((w, i) for w, i in self._words if data.startswith(w, at)), None)
+            ids.append(data[at] if word is None else word[1])
+            at += 1 if word is None else len(word[0])
+        return ids
+
+    def decode(
+        self,
+        token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool = False,
+    ) -> str:
+        """Text of ids; bytes that are not UTF-8 become U+FFFD."""
+        data = b"".join(
+            (b"" if skip_special_tokens else b"<|end|>")
+            if i == self.eos_token_id
+            else self._bytes[i]
+            for i in token_ids
+        )
+        return data.decode(errors="replace")
