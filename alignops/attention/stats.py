@@ -54,10 +54,10 @@ class Mass:
 
     def add(self, reader: str, sources: list[str], shares: Tensor) -> None:
         """One forward: shares (B,) of the reader's attention; sources may come several times."""
+        self._counts[reader] = self._counts.get(reader, 0) + 1
         sums = self._sums.setdefault(reader, {})
         for source, share in zip(sources, shares.tolist(), strict=True):
             sums[source] = sums.get(source, 0.0) + share
-        self._counts[reader] = self._counts.get(reader, 0) + 1
 
     def fork(self) -> Mass:
         """Another one with the same sums."""
@@ -69,8 +69,8 @@ class Mass:
     def table(self) -> dict[str, dict[str, float]]:
         """Reader to source to mean share. A worker's own name is its own unfinished text."""
         return {
-            reader: {source: total / self._counts[reader] for source, total in sums.items()}
-            for reader, sums in self._sums.items()
+            reader: {source: total / self._counts[reader] for source, total in dict(sums).items()}
+            for reader, sums in dict(self._sums).items()
         }
 
 
@@ -108,7 +108,7 @@ class HogwildStats:
     @property
     def sampled(self) -> int:
         """Tokens that workers have chosen."""
-        return sum(worker.sampled for worker in self.workers.values())
+        return sum(worker.sampled for worker in list(self.workers.values()))
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each phase, added up over threads."""

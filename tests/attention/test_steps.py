@@ -7,10 +7,11 @@ from alignops.attention.steps import StepEnds, StepRule
 from alignops.attention.tokens import Detokenizer, Forbidden, Vocabulary
 from alignops.testing import ByteTokenizer
 
+RULE = StepRule()
 WORDS = ["\n\n", ".\n\n", "\n\n\n", "##"]
 
 
-def ends(text: str, words: list[str] = WORDS, rule: StepRule | None = StepRule()) -> list[int]:
+def ends(text: str, words: list[str] = WORDS, rule: StepRule | None = RULE) -> list[int]:
     """Lengths of the prefixes of the text, in tokens, whose last token ends a step."""
     tokenizer = ByteTokenizer(words)
     known = StepEnds(rule, Vocabulary(tokenizer, len(tokenizer)))
@@ -20,14 +21,11 @@ def ends(text: str, words: list[str] = WORDS, rule: StepRule | None = StepRule()
 
 @pytest.mark.parametrize(
     "sentence",
-    ["So x = 4.", "Done!", "Is it?", "And so on\u2026", 'She said "no."', "**It is 4.**", "(Yes.)"]
-    + [
-        "\u56e0\u6b64x\u662f4\u3002",
-        "\u597d\uff01",
-        "\u0939\u093e\u0902\u0964",
-        "\u0646\u0639\u0645\u061f",
-    ]
-    + ["```\ncode\n```\nThat is all."],
+    [
+        *("So x = 4.", "Done!", "Is it?", "And so on\u2026", 'She said "no."', "**It is 4.**"),
+        *("(Yes.)", "\u56e0\u6b64x\u662f4\u3002", "\u597d\uff01", "\u0939\u093e\u0964"),
+        *("\u0646\u0639\u0645\u061f", "```\ncode\n```\nThat is all."),
+    ],
 )
 @pytest.mark.parametrize("words", [WORDS, ["\n\n"], []], ids=["long", "whole", "split"])
 def test_a_finished_sentence_and_a_blank_line_end_a_step(sentence: str, words: list[str]) -> None:
@@ -38,16 +36,10 @@ def test_a_finished_sentence_and_a_blank_line_end_a_step(sentence: str, words: l
 @pytest.mark.parametrize(
     "text",
     [
-        "Two cases:\n\n",
-        "First,\n\n",
-        "a;\n\n",
-        "x = 4\n\n",
-        "So.\n",
-        "So. ",
-        "\n\n",
-        "\n\n**A [2]:**\n\n",
-    ]
-    + ["```python\nprint(1).\n\n", "~~~\nDone.\n\n", "````\n```\nDone.\n\n", "**Cases:**\n\n"],
+        *("Two cases:\n\n", "First,\n\n", "a;\n\n", "x = 4\n\n", "So.\n", "So. ", "\n\n"),
+        *("\n\n**A [2]:**\n\n", "```python\nprint(1).\n\n", "~~~\nDone.\n\n"),
+        *("````\n```\nDone.\n\n", "**Cases:**\n\n"),
+    ],
 )
 @pytest.mark.parametrize("words", [WORDS, []], ids=["whole", "split"])
 def test_what_does_not_end_a_step(text: str, words: list[str]) -> None:
