@@ -7,8 +7,8 @@ B1  dense copies of keys and values for each worker, rotated before; the query h
     head of keys folded into the query axis of SDPA. Keeping the copies up to date is not counted.
 B2  one call of the flash operator per segment, with the queries of all workers that see it folded
     into the query axis, and a merge of the results by their logsumexp. Queries are rotated before,
-    which is not counted. "B2 by matmul" takes two products and a softmax instead of that operator:
-    for 16 bits, its scores are rounded to them, which is less exact.
+    which is not counted, but in "B2 with rotations". "B2 by matmul" takes two products and a
+    softmax instead of that operator: for 16 bits, its scores are rounded to them.
 """
 
 from __future__ import annotations
@@ -230,7 +230,11 @@ def _by_matmul(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.matmul(torch.softmax(scores, -1), v), lse
 
 
-def per_segment(case: Case, attend: Callable[..., tuple[Tensor, Tensor]] = _flash) -> Contestant:
+def per_segment(
+    case: Case,
+    attend: Callable[..., tuple[Tensor, Tensor]] = _flash,
+    rotations: bool = False,
+) -> Contestant:
     """B2. A segment costs nothing to workers that do not see it."""
     shape, workers = case.shape, case.layout.workers
     segments = case.segments()
@@ -239,21 +243,26 @@ def per_segment(case: Case, attend: Callable[..., tuple[Tensor, Tensor]] = _flas
     plans = []
     for s in segments:
         readers = case.layout.readers(s.block)
-        first, last = readers[0], readers[-1]
-        if readers != tuple(range(first, last + 1)):
+        first, last = readers[0], readers[-1] + 1
+        if readers != tuple(range(first, last)):
             raise ValueError("workers that see a segment must be neighbours")
         q = torch.cat([case.query(w, case.rotation(w, s)) for w in readers], 2)
         rows = None
         if len(readers) < workers:  # rows of the others stay empty
             out = torch.zeros(*size, shape.head_size, dtype=case.dtype)
             lse = torch.full(size, -torch.inf)
-            index = slice(first * shape.group, (last + 1) * shape.group)
+            index = slice(first * shape.group, last * shape.group)
             rows = (out, lse, out[:, :, index], lse[:, :, index])
-        plans.append((q, rows))
+        plans.append((q, slice(first, last), rows))
+    queries = [q for q, _, _ in plans]
+    turn = _turns(case, segments)
 
     def run(layer: int) -> Tensor:
+        if rotations:
+            for q, turned, (_, readers, _) in zip(queries, turn(), plans, strict=True):
+                q.unflatten(2, (-1, shape.group)).copy_(turned[:, :, readers])
         outs, sums = [], []
-        for (q, rows), (k, v) in zip(plans, layers[layer % len(layers)], strict=True):
+        for (q, _, rows), (k, v) in zip(plans, layers[layer % len(layers)], strict=True):
             out, lse = attend(q, k, v)
             if rows is not None:
                 rows[2].copy_(out)
@@ -268,10 +277,33 @@ def per_segment(case: Case, attend: Callable[..., tuple[Tensor, Tensor]] = _flas
     return run
 
 
+def _turns(case: Case, segments: list[Segment]) -> Callable[[], Tensor]:
+    """Rotates all queries for all segments at once: (segments, 1, Hkv, W, g, D)."""
+    shape, workers = case.shape, case.layout.workers
+    half = shape.head_size // 2
+    # Of a worker that does not see a segment, anything will do.
+    positions = torch.tensor(
+        [
+            [case.rotation(w, s) if s.block in case.layout.views[w] else 0 for w in range(workers)]
+            for s in segments
+        ]
+    )
+    table = rope(shape.head_size).rotations(positions)[:, None, None, :, None]
+    cos, sin = table.unbind(-1)
+    q = case.q.unflatten(1, (shape.kv_heads, shape.group)).transpose(0, 1)[None]
+
+    def run() -> Tensor:
+        a, b = q.float().split(half, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    return run
+
+
 PEERS: dict[str, Callable[[Case], Contestant]] = {
     "B0": per_worker_concatenation,
     "B1": dense_copies,
     "B2": per_segment,
+    "B2 with rotations": functools.partial(per_segment, rotations=True),
     "B2 by matmul": functools.partial(per_segment, attend=_by_matmul),
 }
 
