@@ -415,6 +415,8 @@ def _misfit(layer: int, origin: _Call, passes: Sequence[_Pass], best: float) -> 
                     f"has {what} whose size depends on the position, {ratio:.4g} times as large "
                     f"at {run.position} as at 0: position-dependent scaling"
                 )
+    if best == float("inf"):
+        return "turns queries and keys, but the model holds no frequencies (a buffer inv_freq)"
     return (
         "turns queries and keys by no frequencies that the model holds; the closest are off by "
         f"{best:.2g}"

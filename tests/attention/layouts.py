@@ -127,7 +127,9 @@ class Maker:
         if self.chance(0.1):
             return None
         pairs = "half" if self.chance(0.5) else "interleaved"
-        if self.chance(0.5):
+        if self.chance(0.2):
+            return RopeSpec.yarn(d, factor=4.0, original_length=64, pairs=pairs)
+        if self.chance(0.4):
             return RopeSpec.default(d, theta=1e6, pairs=pairs)
         dim = self.pick([n for n in (4, 16, d // 2, d - 8) if n % 2 == 0])
         offset = d - dim if self.chance(0.5) else 0

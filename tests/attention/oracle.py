@@ -44,9 +44,10 @@ class Shape:
 
 
 def rotated(x: Array, positions: npt.NDArray[np.int64], rope: RopeSpec | None) -> Array:
-    """x (n, H, D) by one position per token; complex numbers turn."""
+    """A query's or key's only rotation: x (n, H, D) by one position per token, and the factor a."""
     if rope is None:
         return x
+    x = x * rope.attention_factor
     f, d = rope.offset, rope.rotary_dim
     part, out = x[..., f : f + d], x.copy()
     pairs = part[..., 0::2] + 1j * part[..., 1::2]
@@ -231,7 +232,8 @@ class World:
             ]
             for cells in self.after(step)
         ]
-        workers, q = [], step.q.copy()
+        a = 1.0 if shape.rope is None else shape.rope.attention_factor
+        workers, q = [], step.q * a
         for worker, view in enumerate(step.views):
             ends = [(self.blocks if step.lagged else self.after(step))[b].length for b in view[:-1]]
             ends.append(self.blocks[view[-1]].length)
@@ -247,7 +249,7 @@ class World:
             )
             if local:
                 rows, index = step.rows(worker), ends[-1] + np.arange(step.counts[worker])
-                q[rows] = rotated(q[rows], index, shape.rope)
+                q[rows] = rotated(step.q[rows], index, shape.rope)
         rope = shape.rope and reference.Rotary(
             torch.tensor(shape.rope.inv_freq), shape.rope.offset, shape.rope.interleaved
         )
