@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from tests.attention import samples as attention
 from tests.spans import samples as spans
 from tests.speculative import samples as speculative
 from tests.ternary import samples as ternary
 
-VALID = {**ternary.VALID, **spans.VALID, **speculative.VALID}
-INVALID = {**ternary.INVALID, **spans.INVALID, **speculative.INVALID}
+VALID = {**ternary.VALID, **spans.VALID, **speculative.VALID, **attention.VALID}
+INVALID = {**ternary.INVALID, **spans.INVALID, **speculative.INVALID, **attention.INVALID}
 
 
 def operators() -> set[str]:

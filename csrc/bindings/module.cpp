@@ -2,6 +2,7 @@
 // with torch.
 #include <pybind11/pybind11.h>
 
+#include "attention/kernels.h"
 #include "common/isa.h"
 #include "spans/bind.h"
 #include "spans/kernels.h"
@@ -24,7 +25,7 @@ py::tuple available_isas() {
 const char* self_test_failure() {
   for (const char* failure :
        {alignops::ternary::self_test_failure(), alignops::spans::self_test_failure(),
-        alignops::speculative::self_test_failure()})
+        alignops::speculative::self_test_failure(), alignops::attention::self_test_failure()})
     if (failure != nullptr) return failure;
   return nullptr;
 }

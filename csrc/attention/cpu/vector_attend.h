@@ -1,0 +1,312 @@
+// A task of attention in vectors, the source of AVX2 and AVX-512: an ISA file takes its table from
+// `attention_kernels<Lanes>()`.
+//
+// Per segment the queries that see it are rotated, scaled and packed; per tile of 32 keys:
+//   1. keys are widened and transposed to k[d][key], once for all queries of all workers
+//   2. p[m][key] = sum_d q[m][d] k[d][key], panels of up to S::kScoreRows queries in registers
+//   3. softcap and bias, largest score, powers of two, sums, row by row
+//   4. values are widened, unless they can be read where they lie
+//   5. acc[m] = alpha[m] acc[m] + sum_key p[m][key] v[key], panels of S::kValueRows queries
+// Keys and values are read once per task. Per key: M (D + Dv) multiply-adds, D transposed elements,
+// M powers of two.
+//
+// A key that a query does not see is masked by lane before anything is added up, and its value is
+// not multiplied: panels take the keys that all of their queries see, the others follow one by one.
+#pragma once
+
+#include "attention/cpu/reduce.h"
+#include "attention/cpu/rows.h"
+#include "attention/cpu/vector_math.h"
+#include "attention/cpu/write.h"
+
+namespace alignops::attention {
+namespace {
+
+// f.template operator()<n>() for 1 <= n <= kMost.
+template <int kMost, class F>
+[[gnu::always_inline]] inline void with_count(int64_t n, const F& f) {
+  if constexpr (kMost == 1) {
+    f.template operator()<1>();
+  } else {
+    if (n >= kMost) {
+      f.template operator()<kMost>();
+    } else {
+      with_count<kMost - 1>(n, f);
+    }
+  }
+}
+
+// `count` rows in panels of nearly the same size, at most `most`.
+struct Panels {
+  int64_t number, base, longer;
+
+  Panels(int64_t count, int64_t most_rows)
+      : number((count + most_rows - 1) / most_rows),
+        base(number > 0 ? count / number : 0),
+        longer(number > 0 ? count % number : 0) {}
+  int64_t begin(int64_t i) const { return i * base + least(i, longer); }
+  int64_t size(int64_t i) const { return base + (i < longer ? 1 : 0); }
+};
+
+// p[r][key] for kRows queries, q[d][r] and k[d][key].
+template <class S, int kRows>
+void scores(const float* __restrict q, const float* __restrict k, int64_t depth,
+            float* __restrict p) {
+  constexpr int kVectors = kTileKeys / S::kLanes;
+  typename S::F sum[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) sum[r][i] = S::floats(0);
+  for (int64_t d = 0; d < depth; ++d) {
+    typename S::F key[kVectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) key[i] = S::load(k + d * kTileKeys + i * S::kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const typename S::F query = S::floats(q[d * kRows + r]);
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i) sum[r][i] = S::multiply_add(query, key[i], sum[r][i]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) S::store(p + r * kTileKeys + i * S::kLanes, sum[r][i]);
+}
+
+// acc[r] = alpha[r] acc[r] + sum of p[r][key] v[key] over the keys [begin, end), for kVectors
+// vectors of columns.
+template <class S, int kRows, int kVectors>
+void weigh(const float* __restrict p, const float* const* v, int64_t begin, int64_t end,
+           int64_t column, float* const* acc, const float* alpha) {
+  typename S::F sum[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i)
+      sum[r][i] = S::mul(S::floats(alpha[r]), S::load(acc[r] + column + i * S::kLanes));
+  for (int64_t key = begin; key < end; ++key) {
+    typename S::F value[kVectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) value[i] = S::load(v[key] + column + i * S::kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const typename S::F weight = S::floats(p[r * kTileKeys + key]);
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i) sum[r][i] = S::multiply_add(weight, value[i], sum[r][i]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) S::store(acc[r] + column + i * S::kLanes, sum[r][i]);
+}
+
+template <class S, int kRows>
+void weigh_columns(const float* p, const float* const* v, int64_t begin, int64_t end,
+                   int64_t columns, float* const* acc, const float* alpha) {
+  const int64_t vectors = columns / S::kLanes;
+  int64_t i = 0;
+  for (; i + 4 <= vectors; i += 4) weigh<S, kRows, 4>(p, v, begin, end, i * S::kLanes, acc, alpha);
+  for (; i + 2 <= vectors; i += 2) weigh<S, kRows, 2>(p, v, begin, end, i * S::kLanes, acc, alpha);
+  for (; i < vectors; ++i) weigh<S, kRows, 1>(p, v, begin, end, i * S::kLanes, acc, alpha);
+}
+
+// Keys [first, first + count) of a segment.
+struct Tile {
+  int64_t first, count;
+  const char* keys[kTileKeys];
+  const char* values[kTileKeys];
+};
+
+// What one task works with.
+template <class S>
+class Work {
+ public:
+  Work(const Attend& a, const Task& task)
+      : a_(a),
+        task_(task),
+        queries_((task.row_end - task.row_begin) * a.group),
+        columns_(padded(a.v.columns)),
+        places_(queries_, task.row_end - task.row_begin, a.k.columns, a.v.columns, a.rotary.pairs) {
+  }
+
+  void run() {
+    clear(a_, task_);
+    each_segment(a_, task_, [&](int64_t s) {
+      const Visible visible =
+          visible_rows(a_, task_, s, reinterpret_cast<VisibleRow*>(at(places_.rows)));
+      if (visible.count > 0) segment(s, visible);
+    });
+  }
+
+ private:
+  float* at(int64_t place) const { return task_.workspace + place; }
+
+  // The state's number of a query, the g-th of a row.
+  int64_t number(const VisibleRow& row, int64_t g) const {
+    return (row.row - task_.row_begin) * a_.group + g;
+  }
+
+  void segment(int64_t s, const Visible& visible) {
+    const int64_t count = visible.count * a_.group;
+    const Panels panels(count, S::kScoreRows);
+    pack_queries(s, visible, panels);
+    float* sums = at(places_.sums);
+    for (int64_t i = 0; i < count * S::kLanes; ++i) sums[i] = 0;
+    Tile tile;
+    for (int64_t first = visible.begin; first < visible.end; first += kTileKeys) {
+      find(s, first, least(kTileKeys, visible.end - first), tile);
+      with_dtype(a_.k.dtype, [&]<DType kType>() {
+        S::template transpose<kType>(tile.keys, tile.count, a_.k.columns, at(places_.k));
+      });
+      for (int64_t i = 0; i < panels.number; ++i) {
+        const int64_t begin = panels.begin(i);
+        with_count<S::kScoreRows>(panels.size(i), [&]<int kRows>() {
+          scores<S, kRows>(at(places_.q) + begin * a_.k.columns, at(places_.k), a_.k.columns,
+                           at(places_.p) + begin * kTileKeys);
+        });
+      }
+      soften(visible, tile);
+      add_values(visible, tile);
+    }
+    for (int64_t i = 0; i < visible.count; ++i)
+      for (int64_t g = 0; g < a_.group; ++g) {
+        const int64_t m = number(visible.rows[i], g);
+        const float sum = S::total(S::load(sums + (i * a_.group + g) * S::kLanes));
+        task_.state.l[m] += sum;
+        if (task_.pieces != nullptr) piece_of(a_, task_, m, s) = {task_.state.m[m], sum};
+      }
+  }
+
+  // q[d][r] of each panel.
+  void pack_queries(int64_t s, const Visible& visible, const Panels& panels) {
+    float* cos = at(places_.turn);
+    float* sin = cos + a_.rotary.pairs;
+    float* head = at(places_.head);
+    int64_t panel = 0, in_panel = 0;
+    for (int64_t i = 0; i < visible.count; ++i) {
+      const VisibleRow& row = visible.rows[i];
+      if (a_.rotary.pairs > 0) query_turn(a_, s, a_.plan.rows[row.row], cos, sin);
+      for (int64_t g = 0; g < a_.group; ++g) {
+        S::widen(row_of(a_.q, row.row, task_.head * a_.group + g), a_.q.dtype, a_.k.columns, head);
+        if (a_.rotary.pairs > 0) rotate(a_.rotary, cos, sin, head);
+        const int64_t size = panels.size(panel);
+        float* out = at(places_.q) + panels.begin(panel) * a_.k.columns + in_panel;
+        for (int64_t d = 0; d < a_.k.columns; ++d) out[d * size] = head[d] * row.factor;
+        if (++in_panel == size) {
+          ++panel;
+          in_panel = 0;
+        }
+      }
+    }
+  }
+
+  void find(int64_t s, int64_t first, int64_t count, Tile& tile) const {
+    const Segment& segment = a_.plan.segments[s];
+    tile.first = first;
+    tile.count = count;
+    for (int64_t i = 0; i < count; ++i) {
+      tile.keys[i] = key_of(a_, a_.k, task_.head, segment, first + i);
+      tile.values[i] = key_of(a_, a_.v, task_.head, segment, first + i);
+    }
+  }
+
+  // Scores become weights 2^(z - m); what a query does not see has none.
+  void soften(const Visible& visible, const Tile& tile) {
+    float* p = at(places_.p);
+    float* sums = at(places_.sums);
+    float* alphas = at(places_.alphas);
+    for (int64_t i = 0; i < visible.count; ++i) {
+      const VisibleRow& row = visible.rows[i];
+      const int64_t begin = most(0, row.begin - tile.first);
+      const int64_t end = least(tile.count, row.end - tile.first);
+      for (int64_t g = 0; g < a_.group; ++g) {
+        const int64_t c = i * a_.group + g, m = number(row, g);
+        if (a_.softcap > 0) cap<S>(p + c * kTileKeys, a_.softcap * kLog2e);
+        const float before = task_.state.m[m];
+        const float top = lift<S>(p + c * kTileKeys, row.bias, begin, end, before);
+        const float base = top == kMinusInfinity ? 0 : top;
+        float alpha = 1;
+        // A NaN differs from itself, and spoils the row, as it should.
+        if (top != before) {
+          alpha = S::first(power_of_two<S>(S::floats(before - base)));
+          task_.state.m[m] = top;
+          task_.state.l[m] *= alpha;
+        }
+        alphas[c] = alpha;
+        exponentials<S>(p + c * kTileKeys, base, alpha, sums + c * S::kLanes);
+      }
+    }
+  }
+
+  const float* const* values(const Tile& tile, const float** found) const {
+    if (a_.v.dtype == DType::kFloat32 && a_.v.columns == columns_) {
+      for (int64_t i = 0; i < tile.count; ++i)
+        found[i] = reinterpret_cast<const float*>(tile.values[i]);
+    } else {
+      for (int64_t i = 0; i < tile.count; ++i) {
+        float* out = at(places_.v) + i * columns_;
+        for (int64_t d = a_.v.columns; d < columns_; ++d) out[d] = 0;
+        S::widen(tile.values[i], a_.v.dtype, a_.v.columns, out);
+        found[i] = out;
+      }
+    }
+    return found;
+  }
+
+  void add_values(const Visible& visible, const Tile& tile) {
+    const float* found[kTileKeys];
+    const float* const* v = values(tile, found);
+    const Panels panels(visible.count * a_.group, S::kValueRows);
+    const float* p = at(places_.p);
+    const float* alphas = at(places_.alphas);
+    for (int64_t i = 0; i < panels.number; ++i) {
+      const int64_t first = panels.begin(i), size = panels.size(i);
+      float* acc[S::kValueRows];
+      int64_t begins[S::kValueRows], ends[S::kValueRows];
+      int64_t begin = 0, end = tile.count;
+      for (int64_t r = 0; r < size; ++r) {
+        const VisibleRow& row = visible.rows[(first + r) / a_.group];
+        acc[r] = task_.state.acc + number(row, (first + r) % a_.group) * columns_;
+        begins[r] = most(0, row.begin - tile.first);
+        ends[r] = least(tile.count, row.end - tile.first);
+        begin = most(begin, begins[r]);
+        end = least(end, ends[r]);
+      }
+      end = most(begin, end);
+      with_count<S::kValueRows>(size, [&]<int kRows>() {
+        weigh_columns<S, kRows>(p + first * kTileKeys, v, begin, end, columns_, acc,
+                                alphas + first);
+      });
+      constexpr float kKeep = 1;
+      for (int64_t r = 0; r < size; ++r) {
+        const float* weights = p + (first + r) * kTileKeys;
+        const auto rest = [&](int64_t from, int64_t to) {
+          if (from < to) weigh_columns<S, 1>(weights, v, from, to, columns_, acc + r, &kKeep);
+        };
+        rest(begins[r], least(begin, ends[r]));
+        rest(most(end, begins[r]), ends[r]);
+      }
+    }
+  }
+
+  const Attend& a_;
+  const Task& task_;
+  const int64_t queries_, columns_;
+  const Workspace places_;
+};
+
+template <class S>
+void attend(const Attend& a, const Task& task) {
+  Work<S>(a, task).run();
+}
+
+template <class S>
+constexpr Kernels attention_kernels() {
+  return {attend<S>, reduce<S>, append<S>, rewrite<S>};
+}
+
+}  // namespace
+}  // namespace alignops::attention
