@@ -90,8 +90,8 @@ class Board:
         try:
             views = self._views()
             for worker in workers:
-                index = self.workers.index(worker)
-                worker.id = self.ws.add_worker(worker.name, views[index], index)
+                view = views[self.workers.index(worker)]
+                worker.id = self.ws.add_worker(worker.name, view)
             self._show(views)
         except BaseException:
             self.workers[:] = before

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import re
 import threading
-import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +27,7 @@ from alignops.attention.stats import HogwildStats, WorkerStats
 from alignops.attention.steps import StepEnds, StepRule
 from alignops.attention.tokens import Detokenizer, Forbidden, Vocabulary
 from alignops.attention.workers import Keep, Piece, Step, Worker
+from alignops.attention.writing import Rules, Writing
 from alignops.speculative.adapter import Sampling
 
 if TYPE_CHECKING:
@@ -75,9 +74,6 @@ class HogwildSession:
     Attributes:
         texts: of the session.
         prompt_ids: of the prompt.
-        steps: finished ones, in the order in which they were finished.
-        answer: the final answer, once there is one in a finished step, or `conclude` has asked.
-        answered_by: the name of the worker; "" if the answer was asked for.
         stats: counts, times, who attended to whom.
 
     Raises:
@@ -125,43 +121,42 @@ class HogwildSession:
         names = worker_names(workers, self.texts)
         self._model = model
         self._vocabulary = Vocabulary(tokenizer, model.vocab_size)
-        self._ends = StepEnds(step_rule, self._vocabulary)
-        self._eos = frozenset(end_of_text(tokenizer) if eos_ids is None else eos_ids)
+        eos = frozenset(end_of_text(tokenizer) if eos_ids is None else eos_ids)
         if forbid is None:
-            forbid = default_forbidden(tokenizer, self.texts, self._eos)
+            forbid = default_forbidden(tokenizer, self.texts, eos)
         forbidden = Forbidden(forbid, self._vocabulary, model.device)
         self._chooser = Chooser(sampling, forbidden, logits_processor)
+        rules = Rules(
+            self.texts,
+            StepEnds(step_rule, self._vocabulary),
+            eos,
+            tuple(stop),
+            re.compile(answer_pattern or self.texts.answer_pattern),
+            check_every,
+            max([forbidden.longest, *map(len, stop)]),
+        )
         self._seeds = [seed] if isinstance(seed, int) else list(seed)
         check(
             isinstance(seed, int) or len(self._seeds) == len(names),
             f"seed must be one for each of {len(names)} workers, got {len(self._seeds)}",
         )
-        self._stop = tuple(stop)
-        self._keep = max([forbidden.longest, *map(len, self._stop)])
-        self._answer = re.compile(answer_pattern or self.texts.answer_pattern)
-        self._check_every = check_every
-        self._since_check = 0
         self.visibility = visibility
         self._mass_every = mass_every
         self._stream, self._on_step = stream, on_step
-        self._events: deque[Piece | Step] = deque()
         self._lock = threading.RLock()
-        self.steps: list[Step] = []
-        self.answer: str | None = None
-        self.answered_by = ""
         self.stats = HogwildStats(model.device)
         self.prompt_ids = prompt_ids(prompt, names, self.texts, tokenizer)
         check(
             all(0 <= i < model.vocab_size for i in self.prompt_ids),
             f"prompt must hold ids in [0, {model.vocab_size}), got {self.prompt_ids[:8]}",
         )
-        self._began = time.perf_counter()
         self._board = Board(model, self.texts, layout, encode, self._vocabulary)
+        self._writing = Writing(rules, self._board, self._vocabulary, self.stats)
         with self.stats.phase("prefill"):
             self._board.extend(self._board.common, self.prompt_ids)
             self._board.join([self._new_worker(name, i) for i, name in enumerate(names)])
         for worker in self._board.workers:
-            self._open(worker)
+            self._writing.open(worker)
 
     # What can be read at any time
 
@@ -176,6 +171,21 @@ class HogwildSession:
         return [worker.name for worker in self._board.workers if worker.active]
 
     @property
+    def steps(self) -> list[Step]:
+        """Finished steps, in the order in which they were finished."""
+        return list(self._writing.steps)
+
+    @property
+    def answer(self) -> str | None:
+        """The final answer: of a finished step, or what `conclude` has asked for last."""
+        return self._writing.answer
+
+    @property
+    def answered_by(self) -> str:
+        """The name of the worker whose answer it is; "" if it was asked for."""
+        return self._writing.answered_by
+
+    @property
     def done(self) -> bool:
         """Whether there is a final answer, or no worker is left."""
         return self.answer is not None or not self.active
@@ -183,7 +193,7 @@ class HogwildSession:
     @property
     def history(self) -> str:
         """The finished steps of all workers, as one text."""
-        return self._separator.join(step.text for step in list(self.steps))
+        return self._writing.rules.separator.join(step.text for step in self.steps)
 
     @property
     def unfinished(self) -> dict[str, str]:
@@ -198,6 +208,19 @@ class HogwildSession:
     def tokens(self, name: str) -> list[int]:
         """All tokens of a worker, given and sampled ones, also the one that is not fed yet."""
         return list(self._worker(name).tokens)
+
+    def view(self, name: str) -> list[tuple[str, str]]:
+        """What an active worker sees, in order: (block, text); what is not fed yet is not there.
+
+        Blocks are "common", names of headers, and names of workers.
+        """
+        worker = self._worker(name, active=True)
+        with self._lock:
+            labels = self._board.labels
+            return [
+                (labels[block.id], self._vocabulary.decode(list(block.tokens)))
+                for block in self._board.ws.view(worker.id)
+            ]
 
     # Steps
 
@@ -230,7 +253,7 @@ class HogwildSession:
             chosen = self._chooser.choose(group, self.prompt_ids)
         with self._lock:
             for worker, token in zip(group, chosen, strict=True):
-                self._accept(worker, token)
+                self._writing.accept(worker, token)
         self._settle(group)
         self._report()
         return {worker.name: token for worker, token in zip(group, chosen, strict=True)}
@@ -251,9 +274,9 @@ class HogwildSession:
             worker.remarks.append(self._vocabulary.encode(text))
             return
         with self._lock, self.stats.phase("prefill"):
-            ids = self._vocabulary.encode(self._separator + text)
+            ids = self._vocabulary.encode(self._writing.rules.separator + text)
             self._board.extend(self._board.common, ids)
-            self._finished(Step("", 0, text, tuple(ids), self._seconds(), self.stats.forwards))
+            self._writing.remark(text, ids)
         self._report()
 
     def add_worker(self, name: str, at_index: int | None = None) -> None:
@@ -274,7 +297,26 @@ class HogwildSession:
             worker = self._new_worker(name, places)
             with self.stats.phase("prefill"):
                 self._board.join([worker], at)
-            self._open(worker, at)
+            self._writing.open(worker)
+
+    def set_weight(self, reader: str, block: str, *, bias: float = 0.0, gain: float = 1.0) -> None:
+        """How much a worker attends to a block: scores become gain * score + bias.
+
+        Args:
+            reader: name of an active worker.
+            block: "common", a header, or a worker's name: one of those in `view(reader)`.
+            bias: 0 is neutral, -inf hides the block.
+            gain: 1 is neutral.
+
+        Raises:
+            ValueError: a name is unknown.
+        """
+        worker = self._worker(reader, active=True)
+        with self._lock:
+            labels = self._board.labels
+            found = {labels[b.id]: b for b in self._board.ws.view(worker.id)}
+            check(block in found, f"block must be one of {', '.join(found)}, got {block!r}")
+            self._board.ws.set_weight(worker.id, found[block], bias=bias, gain=gain)
 
     def finish_worker(self, name: str, keep: Keep = "history") -> None:
         """A worker stops. Its unfinished step joins the history, stays as it is, or is dropped.
@@ -315,26 +357,24 @@ class HogwildSession:
         finisher = self.texts.finisher(finisher)
         self._settle(self._board.workers)
         self._feed([w for w in self._board.workers if w.active], self.visibility, counted=False)
-        vocabulary, found = self._vocabulary, ""
+        vocabulary, rules, found = self._vocabulary, self._writing.rules, ""
         new = vocabulary.encode(finisher.text + finisher.opening)
         written: list[int] = []
         with self._lock, self.stats.phase("forward"), self._board.aside() as ask:
             while len(written) < finisher.max_tokens:
                 token = int(ask(new).argmax())
-                if token in self._eos:
+                if token in rules.eos:
                     break
                 new = [token]
                 written += new
                 found = vocabulary.decode(written)
                 if finisher.until and finisher.until in found:
                     break
-        whole = finisher.opening + found
-        match = self._answer.search(whole)
-        if match is None and finisher.until:
-            found = found.split(finisher.until)[0]
-        self.answer = found.strip() if match is None else _group(match)
-        self.answered_by = ""
-        return self.answer
+        answer = rules.answer_in(finisher.opening + found)
+        if answer is None:
+            answer = (found.split(finisher.until)[0] if finisher.until else found).strip()
+        self._writing.answer, self._writing.answered_by = answer, ""
+        return answer
 
     def fork(self) -> HogwildSession:
         """A copy that goes its own way from here on; pages are shared until one is written.
@@ -345,11 +385,11 @@ class HogwildSession:
             self._settle(self._board.workers)
             twin = object.__new__(HogwildSession)
             twin.__dict__.update(self.__dict__)
-            twin._lock, twin._events = threading.RLock(), deque()
+            twin._lock = threading.RLock()
             twin._stream = twin._on_step = None
-            twin.steps = list(self.steps)
             twin._board = self._board.fork()
             twin.stats = self.stats.fork()
+            twin._writing = self._writing.fork(twin._board, twin.stats)
         return twin
 
     # Tokens
@@ -365,7 +405,7 @@ class HogwildSession:
             self.stats.forwards += counted
             for worker in group:
                 while worker.remarks:
-                    self._give(worker, worker.remarks.pop(0))
+                    self._writing.give(worker, worker.remarks.pop(0))
         with self.stats.phase("forward"):
             out = self._model.forward(
                 self._board.ws,
@@ -385,124 +425,19 @@ class HogwildSession:
                 for worker, shares in zip(group, out.mass, strict=True):
                     self.stats.mass.add(worker.name, sources, shares)
 
-    def _accept(self, worker: Worker, token: int) -> None:
-        """A sampled token becomes part of a worker's text."""
-        worker.logits = None
-        counts = self.stats.workers[worker.name]
-        counts.sampled += 1
-        worker.chosen += 1
-        self._since_check += 1
-        if token in self._eos:
-            worker.tokens.append(token)
-            self._events.append(Piece(worker.name, worker.number, "", (token,), False))
-            worker.leaving = "history"
-            return
-        ends, new, forced = self._ends.ended(worker.step, token), [token], False
-        limit = self._ends.rule.max_step_tokens if self._ends.rule else None
-        if not ends and limit is not None and worker.chosen >= limit:
-            ends, new, forced = True, self._ends.separator_ids, True
-        before = worker.tail
-        text = self._say(worker, new, given=False)
-        if ends:
-            self._close(worker, new, forced)
-            worker.closing = new
-        else:
-            worker.pending = new
-        # A stop text that was complete before does not count.
-        if any(s in before[max(0, len(before) - len(s) + 1) :] + text for s in self._stop):
-            worker.leaving = "history"
-
-    def _close(self, worker: Worker, ending: list[int], forced: bool = False) -> None:
-        """The step of a worker is finished."""
-        counts = self.stats.workers[worker.name]
-        counts.steps += 1
-        counts.forced += forced
-        text = self._vocabulary.decode([*worker.written, *ending]).rstrip()
-        tokens = tuple(worker.step)
-        step = Step(
-            worker.name, worker.number, text, tokens, self._seconds(), self.stats.forwards, forced
-        )
-        self._finished(step)
-
-    def _finished(self, step: Step) -> None:
-        self.steps.append(step)
-        self._events.append(step)
-        match = self._answer.search(step.text) if step.worker else None
-        if match is not None and self.answer is None:
-            self.answer, self.answered_by = _group(match), step.worker
-
     def _settle(self, group: Sequence[Worker]) -> None:
-        """Carry out moves and farewells that are due; also those that an error has interrupted."""
+        """Carry out moves and farewells that are due."""
         for worker in group:
-            if worker.closing is None and worker.leaving is None:
-                continue
-            with self._lock, self.stats.phase("move"):
-                if worker.closing is not None:
-                    self._board.file(worker)
-                    lead, worker.closing = worker.closing, None
-                    worker.step = []
-                    if worker.leaving is None:
-                        self._begin(worker, lead)
-                if worker.leaving is not None:
-                    self._leave(worker, worker.leaving)
-
-    def _leave(self, worker: Worker, keep: Keep) -> None:
-        if keep != "drop" and worker.pending:
-            self._board.extend(worker.own, worker.pending, self._board.ws.view(worker.id))
-            worker.step += worker.pending
-            worker.pending = []
-        if keep == "history" and len(worker.step) > worker.lead:
-            self._board.file(worker)
-            self._close(worker, [])
-            worker.step = []
-        self._board.leave(worker, keep)
-        worker.leaving = None
-
-    # Texts
-
-    @property
-    def _separator(self) -> str:
-        return StepRule.separator if self._ends.rule is None else self._ends.rule.separator
-
-    def _open(self, worker: Worker, index: int | None = None) -> None:
-        """A worker's first tokens: title, separator, prefix and greeting."""
-        index = self._board.workers.index(worker) if index is None else index
-        title = self._board.layout.title(worker.name, self.texts)
-        lead = self._vocabulary.encode(title) + self._ends.separator_ids
-        self._give(worker, lead)
-        self._begin(worker, lead, self.texts.opening(worker.name, index))
-
-    def _begin(self, worker: Worker, lead: list[int], greeting: str = "") -> None:
-        """A step: `lead` is what closed the one before; it has been said, and is not fed."""
-        worker.number += 1
-        worker.step, worker.pending, worker.lead, worker.chosen = [], list(lead), len(lead), 0
-        text = self.texts.filled(self.texts.prefix, name=worker.name, number=worker.number)
-        if self._check_every and self._since_check >= self._check_every:
-            self._since_check = 0
-            self.stats.workers[worker.name].checks += 1
-            greeting += self.texts.check
-        self._give(worker, self._vocabulary.encode(text + greeting))
-
-    def _give(self, worker: Worker, ids: list[int]) -> None:
-        """Tokens that a worker has not chosen, as its next input."""
-        worker.pending += ids
-        self.stats.workers[worker.name].given += len(ids)
-        self._say(worker, ids, given=True)
-
-    def _say(self, worker: Worker, ids: list[int], given: bool) -> str:
-        """Tokens belong to the worker's text; returns their own."""
-        worker.tokens += ids
-        text = worker.detokenizer.push(ids)
-        worker.tail = (worker.tail + text)[-self._keep :] if self._keep else ""
-        if ids:
-            self._events.append(Piece(worker.name, worker.number, text, tuple(ids), given))
-        return text
+            if worker.closing is not None or worker.leaving is not None:
+                with self._lock, self.stats.phase("move"):
+                    self._writing.settle(worker)
 
     def _report(self) -> None:
         """Tell callbacks what is new, each thing once, also if they raise."""
         with self._lock:
-            while self._events:
-                event = self._events.popleft()
+            events = self._writing.events
+            while events:
+                event = events.popleft()
                 callback: Any = self._on_step if isinstance(event, Step) else self._stream
                 if callback is not None:
                     callback(event)
@@ -523,10 +458,3 @@ class HogwildSession:
                 )
                 return worker
         raise ValueError(f"worker must be one of {', '.join(self.workers)}, got {name!r}")
-
-    def _seconds(self) -> float:
-        return time.perf_counter() - self._began
-
-
-def _group(match: re.Match[str]) -> str:
-    return (match[1] if match.re.groups else match[0]).strip()
