@@ -342,6 +342,10 @@ class RopeSpec:
             f"RopeSpec.rotations: angle_precision must be one of {ANGLES}, got {angle_precision!r}",
         )
         dtype = torch.float64 if angle_precision == "fp64" else torch.float32
+        if dtype == torch.float64 and positions.device.type == "cpu":
+            inv_freq = torch.tensor(self.inv_freq, dtype=torch.float32)
+            table: Tensor = torch.ops.alignops.attention_rotations(inv_freq, positions.long())
+            return table
         inv_freq = torch.tensor(self.inv_freq, dtype=dtype, device=positions.device)
         angles = positions.to(dtype).unsqueeze(-1) * inv_freq
         return torch.stack([angles.cos(), angles.sin()], -1).float()

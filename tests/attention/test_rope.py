@@ -219,6 +219,18 @@ def test_errors_of_angles(position: int, fp32: float) -> None:
     assert 0.02 * fp32 <= error["fp32"] <= 2 * fp32
 
 
+def test_tables_are_exact_to_rounding() -> None:
+    spec = RopeSpec.default(128, theta=1e6)
+    positions = torch.cat(
+        [torch.arange(-100, 4000), torch.randint(0, 1 << 20, (2, 1000)).flatten()]
+    )
+    table = reference.rotations(torch.tensor(spec.inv_freq), positions, torch.float64)
+    error = (spec.rotations(positions).double() - table).abs().max()
+    assert error <= 0.51 * 2.0**-24
+    shaped = spec.rotations(positions.reshape(4, -1))
+    assert torch.equal(shaped.flatten(0, 1), spec.rotations(positions))
+
+
 def test_fp32_angles_are_those_of_transformers() -> None:
     config = LlamaConfig(hidden_size=64, num_attention_heads=1)
     module = LlamaRotaryEmbedding(config)
