@@ -8,6 +8,8 @@
 #include "spans/kernels.h"
 #include "speculative/kernels.h"
 #include "ternary/kernels.h"
+#include "tree/bind.h"
+#include "tree/kernels.h"
 
 namespace py = pybind11;
 
@@ -25,7 +27,8 @@ py::tuple available_isas() {
 const char* self_test_failure() {
   for (const char* failure :
        {alignops::ternary::self_test_failure(), alignops::spans::self_test_failure(),
-        alignops::speculative::self_test_failure(), alignops::attention::self_test_failure()})
+        alignops::speculative::self_test_failure(), alignops::attention::self_test_failure(),
+        alignops::tree::self_test_failure()})
     if (failure != nullptr) return failure;
   return nullptr;
 }
@@ -60,4 +63,5 @@ PYBIND11_MODULE(_C, m) {
   alignops::spans::bind_spans_store(m);
   alignops::spans::bind_spans_index(m);
   alignops::spans::bind_spans_matcher(m);
+  alignops::tree::bind_tree(m);
 }

@@ -1,0 +1,29 @@
+"""What goes wrong with a search tree, where the caller must be able to tell cases apart."""
+
+__all__ = [
+    "CapacityError",
+    "InvalidPriorError",
+    "InvalidValueError",
+    "NodeIndexError",
+    "StateError",
+]
+
+
+class CapacityError(RuntimeError):
+    """A tree has no room for what was asked; the text has its index and sizes, nothing changed."""
+
+
+class StateError(RuntimeError):
+    """A call does not fit the state: expanded twice, ticket not open, used by another thread."""
+
+
+class InvalidValueError(ValueError):
+    """A value or reward is NaN or infinite; nothing was written."""
+
+
+class InvalidPriorError(ValueError):
+    """Priors are negative, not finite, or sum to 0; nothing was written."""
+
+
+class NodeIndexError(IndexError):
+    """A tree or node id is out of range."""

@@ -1,0 +1,283 @@
+"""Search trees in native memory: batched selection, expansion and backup."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alignops import _native
+from alignops._checks import check
+from alignops.tree.policies import PUCT, Backup, Mean, Policy
+
+
+class Leaves(NamedTuple):
+    """Selected leaves, by tree and in the order of their selection: tensors of shape (M,).
+
+    Attributes:
+        tree, node: int32 ids.
+        parent, slot: int32, the node above and the edge of it that leads here; -1, 0 at a root.
+        depth: int32, edges from the root that the tree began with.
+        collision: bool, another selection in flight had this leaf already.
+        evaluated: bool, a leaf that was backed up before and has no edges: an end.
+        ticket: int64, for one `backup` or `cancel`.
+    """
+
+    tree: Tensor
+    node: Tensor
+    parent: Tensor
+    slot: Tensor
+    depth: Tensor
+    collision: Tensor
+    evaluated: Tensor
+    ticket: Tensor
+
+
+class Edges(NamedTuple):
+    """The edges of a node: tensors of shape (n_edges,), copies.
+
+    Attributes:
+        action: int32.
+        prior: float32.
+        q: float32, reward + discount * value of the child; NaN while nothing was backed up.
+        visits: float32, those in flight as the policy counts them.
+        child: int32 node; -1 not made yet, -2 pruned.
+    """
+
+    action: Tensor
+    prior: Tensor
+    q: Tensor
+    visits: Tensor
+    child: Tensor
+
+
+class Trees(NamedTuple):
+    """One number per tree, shape (B,).
+
+    Attributes:
+        root, nodes: int32, id of the root and nodes in use.
+        low, high: float32, smallest and largest value seen; inf and -inf before the first.
+    """
+
+    root: Tensor
+    nodes: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def _array(value: Any, dtype: torch.dtype, op: str, argument: str) -> np.ndarray:
+    """One dimension, on the CPU, of this dtype."""
+    tensor = torch.as_tensor(value)
+    check(
+        tensor.device.type == "cpu", f"{op}: {argument} must be on the CPU, got {tensor.device}"
+    )
+    if dtype.is_floating_point:
+        check(
+            tensor.dtype.is_floating_point,
+            f"{op}: {argument} must be floating point, got {tensor.dtype}",
+        )
+    else:
+        check(
+            not tensor.dtype.is_floating_point and not tensor.dtype.is_complex,
+            f"{op}: {argument} must be integers, got {tensor.dtype}",
+        )
+    return cast(np.ndarray, tensor.detach().to(dtype).contiguous().reshape(-1).numpy())
+
+
+class TreeStore:
+    """B search trees that grow together, and one search over them.
+
+    An iteration is `select`, then `expand` and `backup` of what was selected, in any order; nets run
+    in between, in the caller's code. A node is 64 bytes, an edge 20. Address space for the
+    capacities is reserved, memory is taken as the trees grow.
+
+    Trees do not depend on each other: results are the same for any number of threads, any
+    instruction set, any order of the trees.
+
+    Args:
+        trees: B, 0 or more.
+        policy: of selection; see `alignops.tree.policies`.
+        backup: of values.
+        capacity: nodes per tree.
+        edge_capacity: edges per tree, each node's rounded up to 8 times a power of two; default 64
+            for each node.
+        seed: of Boltzmann draws (Philox4x32-10, counted by tree, selection and depth).
+
+    Raises:
+        ValueError: an option or a capacity is out of range.
+        MemoryError: the address space does not hold the capacities.
+    """
+
+    def __init__(
+        self,
+        trees: int,
+        policy: Policy | None = None,
+        backup: Backup | None = None,
+        *,
+        capacity: int = 1 << 20,
+        edge_capacity: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.policy = PUCT() if policy is None else policy
+        self.backup_rule = Mean() if backup is None else backup
+        lanes = 64 * capacity if edge_capacity is None else -(-edge_capacity // 8) * 8
+        self._native = _native.library.TreeStore(
+            trees, capacity, lanes, {**self.policy.options(), **self.backup_rule.options()}, seed
+        )
+        self._size = trees
+
+    def __len__(self) -> int:
+        return self._size
+
+    def select(self, leaves: int = 1) -> Leaves:
+        """Select up to `leaves` leaves of each tree.
+
+        A leaf is a node without edges: one made by this call, an end, or one that waits for its
+        evaluation (a collision). Until their tickets are used, selections count as in flight.
+
+        Raises:
+            ValueError: `leaves` is negative.
+            CapacityError: a tree may lack room for so many new nodes.
+            StateError: another thread is using the store.
+        """
+        return Leaves(*map(torch.from_numpy, self._native.select(leaves)))
+
+    def expand(
+        self,
+        tree: Tensor,
+        node: Tensor,
+        actions: Tensor,
+        priors: Tensor,
+        ptr: Tensor | None = None,
+        *,
+        normalize: bool = True,
+    ) -> None:
+        """Give nodes their edges.
+
+        Args:
+            tree, node: (M,) ids.
+            actions: (M, A), or (E,) with `ptr`: integers of at least 0, distinct within a row.
+            priors: floats of the same shape, at least 0.
+            ptr: (M + 1,) row i has the elements ptr[i] to ptr[i + 1]; a row without any makes its
+                node a dead end.
+            normalize: to a sum of 1; else priors are weights as they are.
+
+        Raises:
+            ValueError: a shape or dtype is wrong, an action negative or there twice.
+            InvalidPriorError: priors are negative, not finite, or sum to 0.
+            NodeIndexError: there is no such node.
+            StateError: a node has edges already or is terminal.
+            CapacityError: a tree lacks lanes.
+        """
+        op = "TreeStore.expand"
+        check(
+            tuple(actions.shape) == tuple(priors.shape),
+            f"{op}: priors must have the shape of actions {tuple(actions.shape)}, got "
+            f"{tuple(priors.shape)}",
+        )
+        check(
+            actions.dim() == (2 if ptr is None else 1),
+            f"{op}: actions must have shape {'(M, A)' if ptr is None else '(E,)'}, got "
+            f"{tuple(actions.shape)}",
+        )
+        trees = _array(tree, torch.int32, op, "tree")
+        check(
+            ptr is not None or actions.shape[0] == len(trees),
+            f"{op}: actions must have {len(trees)} rows, as tree has, got {actions.shape[0]}",
+        )
+        self._native.expand(
+            trees,
+            _array(node, torch.int32, op, "node"),
+            None if ptr is None else _array(ptr, torch.int64, op, "ptr"),
+            actions.shape[-1] if ptr is None else 0,
+            _array(actions, torch.int32, op, "actions"),
+            _array(priors, torch.float32, op, "priors"),
+            normalize,
+        )
+
+    def backup(self, ticket: Tensor, values: Tensor) -> None:
+        """End selections with the values of their leaves, (M,) each.
+
+        Raises:
+            InvalidValueError: a value is NaN or infinite (-inf is allowed with `Soft`).
+            StateError: a ticket is not open.
+            CapacityError: a tree would count more than 2^24 visits.
+        """
+        op = "TreeStore.backup"
+        self._native.backup(
+            _array(ticket, torch.int64, op, "ticket"), _array(values, torch.float32, op, "values")
+        )
+
+    def cancel(self, ticket: Tensor) -> None:
+        """End selections as if they had not been; nodes that they made stay, without edges.
+
+        Raises:
+            StateError: a ticket is not open.
+        """
+        self._native.cancel(_array(ticket, torch.int64, "TreeStore.cancel", "ticket"))
+
+    def end(self, tree: Tensor, node: Tensor) -> None:
+        """Mark nodes as ends: they are evaluated, and get no edges.
+
+        Raises:
+            NodeIndexError, StateError: there is no such node, or it has edges.
+        """
+        op = "TreeStore.end"
+        self._native.end(
+            _array(tree, torch.int32, op, "tree"), _array(node, torch.int32, op, "node")
+        )
+
+    def set_rewards(self, tree: Tensor, node: Tensor, rewards: Tensor) -> None:
+        """Rewards of the edges into nodes that were not backed up yet, (M,) each.
+
+        Raises:
+            NodeIndexError, StateError: there is no such node, or it was backed up already.
+            InvalidValueError: a reward is not finite.
+        """
+        op = "TreeStore.set_rewards"
+        self._native.set_rewards(
+            _array(tree, torch.int32, op, "tree"),
+            _array(node, torch.int32, op, "node"),
+            _array(rewards, torch.float32, op, "rewards"),
+        )
+
+    def column(self, name: str) -> Tensor:
+        """A field of all nodes, (B, nodes in use of the largest tree), a copy.
+
+        What is behind a tree's own `trees().nodes` is 0. `n`: visits; `fn`: backups; `value`: as
+        the backup rule says; `raw_value`: what was backed up at the node itself.
+
+        Raises:
+            ValueError: there is no such column.
+        """
+        used = int(self.trees().nodes.max()) if self._size else 0
+        array = self._native.column(name)[:, :used]
+        signed = {np.dtype(np.uint16): np.int32, np.dtype(np.uint32): np.int64}
+        return torch.from_numpy(array.astype(signed.get(array.dtype, array.dtype)))
+
+    def edges(self, tree: int, node: int) -> Edges:
+        """The edges of a node.
+
+        Raises:
+            NodeIndexError: there is no such node.
+        """
+        return Edges(*map(torch.from_numpy, self._native.edges(tree, node)))
+
+    def trees(self) -> Trees:
+        """Roots, sizes and bounds."""
+        return Trees(*map(torch.from_numpy, self._native.trees()))
+
+    def validate(self) -> None:
+        """Check every link and count.
+
+        Raises:
+            StateError: naming the first that does not hold.
+        """
+        self._native.validate()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of records and lanes in use."""
+        return cast(int, self._native.bytes())

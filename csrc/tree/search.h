@@ -1,0 +1,95 @@
+// One iteration of a search over all trees: select leaves, give them edges, back their values up.
+//
+// Trees never share anything, so threads take ranges of them, and results depend neither on the
+// number of threads nor on the order of the trees. Within a thread several trees descend in turns:
+// while one waits for its next record, the others compute.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "common/parallel.h"
+#include "policy.h"
+#include "store.h"
+
+namespace alignops::tree {
+
+// A selected leaf.
+struct Leaf {
+  int32_t tree, node;
+  int32_t parent, slot;  // the edge into it; kNowhere, 0 at a root
+  int32_t depth;
+  bool collision;   // another selection in flight got here first
+  bool evaluated;   // nothing is to be asked: it was backed up before and has no edges to follow
+  int64_t ticket;
+};
+
+// Edges for the nodes of some rows: row i has the elements [begin(i), begin(i + 1)).
+struct Proposals {
+  std::span<const int32_t> tree, node;
+  const int64_t* ptr;  // or null: every row has `width`
+  int64_t width;
+  const int32_t* actions;
+  const float* priors;
+  bool normalize;  // to a sum of 1; else they are weights as they are
+
+  int64_t begin(int64_t i) const { return ptr != nullptr ? ptr[i] : i * width; }
+};
+
+class Search {
+ public:
+  Search(Store& store, const Policy& policy, const Backup& backup, uint64_t seed);
+
+  // Up to `k` leaves of each tree, by tree and in the order of their selection, into `out`, which has
+  // room for k * trees. Returns how many. Throws CapacityError if a tree may lack room.
+  int64_t select(int64_t k, std::span<Leaf> out, const ParallelFor& parallel);
+
+  // Throws std::invalid_argument, NodeIndexError, InvalidPriorError, StateError, CapacityError.
+  void expand(const Proposals& rows, const ParallelFor& parallel);
+
+  // Ends selections. Throws InvalidValueError for a value that is NaN, or infinite unless a soft
+  // value of -inf, and StateError for a ticket that is not open.
+  void backup(std::span<const int64_t> tickets, std::span<const float> values,
+              const ParallelFor& parallel);
+  void cancel(std::span<const int64_t> tickets, const ParallelFor& parallel);
+
+  // Ends of episodes: these nodes are evaluated, but get no edges. Throws NodeIndexError, StateError.
+  void end(std::span<const int32_t> tree, std::span<const int32_t> node);
+  // Rewards of the edges into nodes that were not backed up yet. Throws NodeIndexError, StateError,
+  // InvalidValueError.
+  void reward(std::span<const int32_t> tree, std::span<const int32_t> node,
+              std::span<const float> rewards);
+
+  const Policy& policy() const { return policy_; }
+  const Backup& backup_rule() const { return backup_; }
+
+ private:
+  struct Cursor;
+  struct Order;
+
+  void select_range(int64_t begin, int64_t end, int64_t k, Leaf* out, int32_t* counts);
+  void arrive(int64_t t, const Cursor& cursor, Leaf* out, int32_t& count);
+  int32_t pick(int64_t t, const Node& node, const Edges& edges) const;
+  double visits_of(const Node& node, const Edges& edges) const;
+  void refresh(int64_t t, const Node& node);
+  void backup_one(int64_t t, int32_t leaf, float value);
+  void update(Node& node, const Edges& edges, int32_t slot, float old_q);
+  void update_soft(Node& node, const Edges& edges, int32_t slot, float old_q);
+  Order order(std::span<const int64_t> tickets, const char* op) const;
+  int32_t take(int64_t t, int64_t ticket);
+  void check_distinct(const Proposals& rows, int32_t largest);
+  float edge_value(const Node& node) const {
+    return static_cast<float>(node.reward + backup_.discount * node.value);
+  }
+
+  Store& store_;
+  Policy policy_;
+  Backup backup_;
+  uint64_t seed_;
+  std::vector<int32_t> counts_;
+  std::vector<uint32_t> stamps_;
+  uint32_t stamp_ = 0;
+};
+
+}  // namespace alignops::tree
