@@ -16,6 +16,8 @@ from alignops.tree.policies import Policy as Policy
 from alignops.tree.policies import RainPUCT as RainPUCT
 from alignops.tree.policies import Soft as Soft
 from alignops.tree.policies import SubtreeMean as SubtreeMean
+from alignops.tree.policies import dts as dts
+from alignops.tree.policies import dts_star as dts_star
 from alignops.tree.policies import lightzero as lightzero
 from alignops.tree.policies import muzero as muzero
 from alignops.tree.policies import p_aligner as p_aligner

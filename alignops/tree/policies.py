@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from alignops._checks import check
 
@@ -27,20 +27,35 @@ class Policy:
             `loss` `loss_weight` times (only with `Mean`); "none" ignores O.
         on_collision: a second selection of a leaf in flight is given out too ("share") or not
             ("skip").
+        width, growth: progressive widening, if `width` is above 0: a node with fewer draws than
+            ceil(width * n^growth) is a leaf that grows a child.
+        first_visits: visits that every node counts from its beginning.
     """
+
+    rule: ClassVar[str]
 
     fpu: str = "zero"
     in_flight: str = "wu_uct"
     on_collision: str = "share"
     loss_weight: float = 1.0
     loss: float = -1.0
+    width: float = 0.0
+    growth: float = 0.0
+    first_visits: float = 0.0
 
     def __post_init__(self) -> None:
         _at_least("loss_weight", self.loss_weight, 0)
+        _at_least("width", self.width, 0)
+        _at_least("first_visits", self.first_visits, 0)
+        check(
+            self.width == 0 or 0 < self.growth < 1,
+            f"growth must be between 0 and 1, got {self.growth}",
+        )
 
     def options(self) -> dict[str, Any]:
         """Everything that the native search asks for."""
         rest = {
+            "rule": self.rule,
             "norm": "none",
             "total": "parent",
             "c": 1.0,
@@ -89,6 +104,7 @@ class _Normed(Policy):
 class PUCT(_Normed):
     """Q + P sqrt(n) / (1 + N) (c1 + ln((n + c2 + 1) / c2)): AlphaZero, MuZero."""
 
+    rule: ClassVar[str] = "puct"
     c1: float = 1.25
     c2: float = 19652.0
 
@@ -97,37 +113,30 @@ class PUCT(_Normed):
         _at_least("c1", self.c1, 0)
         check(self.c2 > 0, f"c2 must be above 0, got {self.c2}")
 
-    def options(self) -> dict[str, Any]:
-        return super().options() | {"rule": "puct"}
-
 
 @dataclass(frozen=True)
 class RainPUCT(_Normed):
     """Q + c P sqrt(n) / (1 + N): RAIN (arXiv 2309.07124), Eq. 1."""
 
+    rule: ClassVar[str] = "puct_rain"
     c: float = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least("c", self.c, 0)
 
-    def options(self) -> dict[str, Any]:
-        return super().options() | {"rule": "puct_rain"}
-
 
 @dataclass(frozen=True)
 class UCT(Policy):
     """Q + c sqrt(ln n / N); an edge without visits comes first."""
 
+    rule: ClassVar[str] = "uct"
     c: float = 1.0
     total: str = "parent"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least("c", self.c, 0)
-
-    def options(self) -> dict[str, Any]:
-        return super().options() | {"rule": "uct"}
 
 
 @dataclass(frozen=True)
@@ -137,78 +146,77 @@ class Boltzmann(Policy):
     An edge without a value counts as the node itself does.
     """
 
+    rule: ClassVar[str] = "boltzmann"
     fpu: str = "parent"
     in_flight: str = "none"
     rate: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(
-            0 <= self.rate < math.inf, f"rate must be finite and at least 0, got {self.rate}"
-        )
-
-    def options(self) -> dict[str, Any]:
-        return super().options() | {"rule": "boltzmann"}
+        check(0 <= self.rate < math.inf, f"rate must be finite and at least 0, got {self.rate}")
 
 
 @dataclass(frozen=True)
 class Greedy(Policy):
     """The largest Q."""
 
+    rule: ClassVar[str] = "greedy"
     fpu: str = "inf"
-
-    def options(self) -> dict[str, Any]:
-        return super().options() | {"rule": "greedy"}
 
 
 @dataclass(frozen=True)
-class Mean:
+class Backup:
+    """How values go up."""
+
+    rule: ClassVar[str]
+
+    def options(self) -> dict[str, Any]:
+        """Everything that the native search asks for."""
+        given = asdict(self)
+        return {
+            "backup": self.rule,
+            "discount": given.get("discount", 1.0),
+            "backup_rate": given.get("rate", 1.0),
+        }
+
+
+@dataclass(frozen=True)
+class Mean(Backup):
     """The mean of returns g = reward + discount * g."""
 
+    rule: ClassVar[str] = "mean"
     discount: float = 1.0
 
     def __post_init__(self) -> None:
-        check(
-            0 <= self.discount <= 1, f"discount must be between 0 and 1, got {self.discount}"
-        )
-
-    def options(self) -> dict[str, Any]:
-        return {"backup": "mean", "discount": self.discount, "backup_rate": 1.0}
+        check(0 <= self.discount <= 1, f"discount must be between 0 and 1, got {self.discount}")
 
 
 @dataclass(frozen=True)
-class Max:
+class Max(Backup):
     """The largest of the node's own value and its children's."""
 
-    def options(self) -> dict[str, Any]:
-        return {"backup": "max", "discount": 1.0, "backup_rate": 1.0}
+    rule: ClassVar[str] = "max"
 
 
 @dataclass(frozen=True)
-class Soft:
+class Soft(Backup):
     """(1 / rate) ln(sum w exp(rate v) / sum w) over evaluated children, w the priors.
 
     rate = inf is the largest value (DTS, arXiv 2506.20701).
     """
 
+    rule: ClassVar[str] = "soft"
     rate: float = 1.0
 
     def __post_init__(self) -> None:
         check(self.rate > 0, f"rate must be above 0, got {self.rate}")
 
-    def options(self) -> dict[str, Any]:
-        return {"backup": "soft", "discount": 1.0, "backup_rate": self.rate}
-
 
 @dataclass(frozen=True)
-class SubtreeMean:
+class SubtreeMean(Backup):
     """The mean of the node's own value and its children's: P-Aligner (arXiv 2508.04626)."""
 
-    def options(self) -> dict[str, Any]:
-        return {"backup": "subtree_mean", "discount": 1.0, "backup_rate": 1.0}
-
-
-Backup = Mean | Max | Soft | SubtreeMean
+    rule: ClassVar[str] = "subtree_mean"
 
 
 def muzero() -> PUCT:
@@ -222,7 +230,7 @@ def lightzero() -> PUCT:
 
 
 def rain() -> RainPUCT:
-    """As RAIN's released code: Q between the tree's bounds, which start at -1 and 1; n the node's."""
+    """As RAIN's code: Q between the tree's bounds, which start at -1 and 1; n is the node's."""
     return RainPUCT(norm="tree", range=(-1.0, 1.0), widen=1e-5)
 
 
@@ -234,6 +242,16 @@ def rain_paper() -> RainPUCT:
 def wu_uct(beta: float = 1.0) -> UCT:
     """WU-UCT: Q + beta sqrt(2 ln(n + O) / (N + O))."""
     return UCT(c=beta * math.sqrt(2))
+
+
+def dts(rate: float = 1.0, width: float = 2.0, growth: float = 0.8) -> Boltzmann:
+    """DTS (arXiv 2506.20701): Boltzmann draws, widening; goes with `Soft(rate)`."""
+    return Boltzmann(rate=rate, width=width, growth=growth, first_visits=1.0)
+
+
+def dts_star(c: float = 1.0, width: float = 2.0, growth: float = 0.8) -> UCT:
+    """DTS*: UCT, widening; goes with `Soft`. The paper does not give its c."""
+    return UCT(c=c, width=width, growth=growth, first_visits=1.0)
 
 
 def p_aligner() -> UCT:

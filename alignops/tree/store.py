@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,9 +70,7 @@ class Trees(NamedTuple):
 def _array(value: Any, dtype: torch.dtype, op: str, argument: str) -> np.ndarray:
     """One dimension, on the CPU, of this dtype."""
     tensor = torch.as_tensor(value)
-    check(
-        tensor.device.type == "cpu", f"{op}: {argument} must be on the CPU, got {tensor.device}"
-    )
+    check(tensor.device.type == "cpu", f"{op}: {argument} must be on the CPU, got {tensor.device}")
     if dtype.is_floating_point:
         check(
             tensor.dtype.is_floating_point,
@@ -83,14 +81,14 @@ def _array(value: Any, dtype: torch.dtype, op: str, argument: str) -> np.ndarray
             not tensor.dtype.is_floating_point and not tensor.dtype.is_complex,
             f"{op}: {argument} must be integers, got {tensor.dtype}",
         )
-    return cast(np.ndarray, tensor.detach().to(dtype).contiguous().reshape(-1).numpy())
+    return tensor.detach().to(dtype).contiguous().reshape(-1).numpy()
 
 
 class TreeStore:
     """B search trees that grow together, and one search over them.
 
-    An iteration is `select`, then `expand` and `backup` of what was selected, in any order; nets run
-    in between, in the caller's code. A node is 64 bytes, an edge 20. Address space for the
+    An iteration is `select`, then `expand` and `backup` of what was selected, in any order; nets
+    run in between, in the caller's code. A node is 64 bytes, an edge 20. Address space for the
     capacities is reserved, memory is taken as the trees grow.
 
     Trees do not depend on each other: results are the same for any number of threads, any
@@ -157,7 +155,8 @@ class TreeStore:
         """Give nodes their edges.
 
         Args:
-            tree, node: (M,) ids.
+            tree: (M,) ids.
+            node: (M,) ids.
             actions: (M, A), or (E,) with `ptr`: integers of at least 0, distinct within a row.
             priors: floats of the same shape, at least 0.
             ptr: (M + 1,) row i has the elements ptr[i] to ptr[i + 1]; a row without any makes its
@@ -217,6 +216,44 @@ class TreeStore:
             StateError: a ticket is not open.
         """
         self._native.cancel(_array(ticket, torch.int64, "TreeStore.cancel", "ticket"))
+
+    def descend(self, ticket: Tensor) -> Leaves:
+        """Go on with selections whose leaves have edges by now; the tickets stay open.
+
+        Returns:
+            The leaves that were reached, in the order of the tickets.
+
+        Raises:
+            StateError: a ticket is not open, or its leaf has no edges.
+            CapacityError: a tree may lack room.
+        """
+        tickets = _array(ticket, torch.int64, "TreeStore.descend", "ticket")
+        return Leaves(*map(torch.from_numpy, self._native.descend(tickets)))
+
+    def grow(self, ticket: Tensor, actions: Tensor, *, merge: bool = False) -> Leaves:
+        """Give the leaf of each selection one more child, and move the selection there.
+
+        Args:
+            ticket: (M,) of open selections.
+            actions: (M,) integers of at least 0. Weights (priors) of new edges are 1.
+            merge: a child behind an edge of the same action is taken, and its weight rises by 1;
+                else every call makes a child of its own.
+
+        Returns:
+            The children, in the order of the tickets.
+
+        Raises:
+            ValueError: an action is negative, or a shape or dtype wrong.
+            StateError: a ticket is not open, or its leaf is an end.
+            CapacityError: a tree may lack room.
+        """
+        op = "TreeStore.grow"
+        leaves = self._native.grow(
+            _array(ticket, torch.int64, op, "ticket"),
+            _array(actions, torch.int32, op, "actions"),
+            merge,
+        )
+        return Leaves(*map(torch.from_numpy, leaves))
 
     def end(self, tree: Tensor, node: Tensor) -> None:
         """Mark nodes as ends: they are evaluated, and get no edges.
@@ -280,4 +317,4 @@ class TreeStore:
     @property
     def bytes(self) -> int:
         """Bytes of records and lanes in use."""
-        return cast(int, self._native.bytes())
+        return self._native.bytes()

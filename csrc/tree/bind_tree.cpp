@@ -85,6 +85,9 @@ Policy policy_of(const py::dict& o) {
   p.clip = o["clip"].cast<bool>();
   p.loss_weight = number(o, "loss_weight");
   p.loss = number(o, "loss");
+  p.width = number(o, "width");
+  p.growth = number(o, "growth");
+  p.first_visits = number(o, "first_visits");
   return p;
 }
 
@@ -121,21 +124,21 @@ class Trees : public std::enable_shared_from_this<Trees> {
       leaves.resize(static_cast<size_t>(std::max<int64_t>(k, 0) * store_.size()));
       count = search_.select(k, leaves, parallel_);
     }
-    const Ints tree(count), node(count), parent(count), slot(count), depth(count);
-    const py::array_t<bool> collision(count), evaluated(count);
-    const Longs ticket(count);
-    for (int64_t i = 0; i < count; ++i) {
-      const Leaf& leaf = leaves[static_cast<size_t>(i)];
-      put(tree, i, leaf.tree);
-      put(node, i, leaf.node);
-      put(parent, i, leaf.parent);
-      put(slot, i, leaf.slot);
-      put(depth, i, leaf.depth);
-      put(collision, i, leaf.collision);
-      put(evaluated, i, leaf.evaluated);
-      put(ticket, i, leaf.ticket);
-    }
-    return py::make_tuple(tree, node, parent, slot, depth, collision, evaluated, ticket);
+    return arrays({leaves.data(), static_cast<size_t>(count)});
+  }
+
+  py::tuple descend(const Longs& tickets) {
+    std::vector<Leaf> leaves(static_cast<size_t>(tickets.size()));
+    run([&] { search_.descend(view(tickets), leaves, parallel_); });
+    return arrays(leaves);
+  }
+
+  py::tuple grow(const Longs& tickets, const Ints& actions, bool merge) {
+    ALIGNOPS_CHECK(tickets.size() == actions.size(), "TreeStore.grow: actions must have ",
+                   tickets.size(), " elements, as tickets has, got ", actions.size());
+    std::vector<Leaf> leaves(static_cast<size_t>(tickets.size()));
+    run([&] { search_.grow(view(tickets), view(actions), merge, leaves, parallel_); });
+    return arrays(leaves);
   }
 
   void expand(const Ints& tree, const Ints& node, const py::object& ptr, int64_t width,
@@ -143,8 +146,9 @@ class Trees : public std::enable_shared_from_this<Trees> {
     const char* op = "TreeStore.expand";
     ALIGNOPS_CHECK(node.size() == tree.size(), op, ": node must have ", tree.size(),
                    " elements, as tree has, got ", node.size());
-    ALIGNOPS_CHECK(actions.size() == priors.size(), op, ": actions and priors must be as long, got ",
-                   actions.size(), " and ", priors.size());
+    ALIGNOPS_CHECK(actions.size() == priors.size(), op,
+                   ": actions and priors must be as long, got ", actions.size(), " and ",
+                   priors.size());
     Longs bounds;
     if (!ptr.is_none()) {
       bounds = ptr.cast<Longs>();
@@ -161,8 +165,8 @@ class Trees : public std::enable_shared_from_this<Trees> {
                      ": actions must have ", tree.size(), " rows of ", width, ", got ",
                      actions.size(), " elements");
     }
-    const Proposals rows{view(tree),     view(node),    ptr.is_none() ? nullptr : bounds.data(),
-                         width,          actions.data(), priors.data(),
+    const Proposals rows{view(tree), view(node),     ptr.is_none() ? nullptr : bounds.data(),
+                         width,      actions.data(), priors.data(),
                          normalize};
     run([&] { search_.expand(rows, parallel_); });
   }
@@ -279,6 +283,25 @@ class Trees : public std::enable_shared_from_this<Trees> {
     std::atomic_flag& busy;
   };
 
+  static py::tuple arrays(std::span<const Leaf> leaves) {
+    const auto count = static_cast<py::ssize_t>(leaves.size());
+    const Ints tree(count), node(count), parent(count), slot(count), depth(count);
+    const py::array_t<bool> collision(count), evaluated(count);
+    const Longs ticket(count);
+    for (py::ssize_t i = 0; i < count; ++i) {
+      const Leaf& leaf = leaves[static_cast<size_t>(i)];
+      put(tree, i, leaf.tree);
+      put(node, i, leaf.node);
+      put(parent, i, leaf.parent);
+      put(slot, i, leaf.slot);
+      put(depth, i, leaf.depth);
+      put(collision, i, leaf.collision);
+      put(evaluated, i, leaf.evaluated);
+      put(ticket, i, leaf.ticket);
+    }
+    return py::make_tuple(tree, node, parent, slot, depth, collision, evaluated, ticket);
+  }
+
   template <class Array, class T>
   static void put(const Array& array, int64_t i, T value) {
     const_cast<Array&>(array).mutable_data()[i] = value;
@@ -312,6 +335,8 @@ void bind_tree(py::module_& m) {
       .def(py::init<int64_t, int64_t, int64_t, const py::dict&, uint64_t>(), py::arg("trees"),
            py::arg("nodes"), py::arg("lanes"), py::arg("options"), py::arg("seed"))
       .def("select", &Trees::select, py::arg("k"))
+      .def("descend", &Trees::descend, py::arg("tickets"))
+      .def("grow", &Trees::grow, py::arg("tickets"), py::arg("actions"), py::arg("merge"))
       .def("expand", &Trees::expand, py::arg("tree"), py::arg("node"), py::arg("ptr"),
            py::arg("width"), py::arg("actions"), py::arg("priors"), py::arg("normalize"))
       .def("backup", &Trees::backup, py::arg("tickets"), py::arg("values"))

@@ -18,12 +18,13 @@ struct Summary {
   float seen;    // lanes with a value
   float visits;  // sum
   float most;    // largest visits
+  float weight;  // sum of priors
 };
 
 // ((q or unvisited) - low) * inverse, clipped to [0, 1] if asked, + prior * scale / (1 + visits).
 struct PuctArgs {
   float low, inverse;
-  float unvisited;    // takes the place of the normalized value
+  float unvisited;  // takes the place of the normalized value
   float scale;
   bool clip;
 };

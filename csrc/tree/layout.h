@@ -1,8 +1,8 @@
 // How a tree lies in memory.
 //
 // A node is one record of one cache line. Its edges are a block of `cap` lanes, cap = 8 * 2^j, in
-// four runs: prior[cap] | q[cap] | visits[cap] | child[cap]. Lanes hold what selection must see of a
-// child, so choosing an edge reads the node's record and its block and nothing else:
+// four runs: prior[cap] | q[cap] | visits[cap] | child[cap]. Lanes hold what selection must see of
+// a child, so choosing an edge reads the node's record and its block and nothing else:
 //   q       reward + discount * value of the child; NaN while nothing was backed up through it
 //   visits  the child's visits, with those in flight as the policy counts them
 //   child   the child's id, or kNotMade, kPruned, kPadding
@@ -21,8 +21,8 @@ inline constexpr int32_t kPruned = -2;
 inline constexpr int32_t kPadding = -3;
 inline constexpr int32_t kNowhere = -1;  // no node, no payload
 
-inline constexpr int64_t kLanes = 8;           // lanes of the smallest block
-inline constexpr int64_t kLaneBytes = 16;      // of a block
+inline constexpr int64_t kLanes = 8;       // lanes of the smallest block
+inline constexpr int64_t kLaneBytes = 16;  // of a block
 inline constexpr uint32_t kNoEdges = ~uint32_t{0};
 inline constexpr int32_t kMaxDepth = 65535;
 inline constexpr float kNoValue = std::numeric_limits<float>::quiet_NaN();
@@ -33,7 +33,7 @@ enum Flag : uint16_t {
   kPending = 4,  // selected for the first time, nothing backed up yet
   kSolved = 16,
   kTruncated = 32,
-  kDead = 64,    // expanded without an edge that could be chosen
+  kDead = 64,  // expanded without an edge that could be chosen
   kNoised = 128,
   kFromChildren = 512,  // soft: the value is that of the children
 };
@@ -54,7 +54,7 @@ struct alignas(64) Node {
   float value;
   float raw_value;  // what the evaluator said, NaN before; soft, inside: sum of evaluated weights
   float reward;     // of the edge into the node
-  float aux;        // soft: the shift M; max and subtree mean: the node's own score
+  float aux;        // soft: the shift M
   int32_t payload;
 };
 static_assert(sizeof(Node) == 64);

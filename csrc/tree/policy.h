@@ -22,16 +22,21 @@ struct Policy {
   Total total = Total::kParent;
   InFlight in_flight = InFlight::kCount;
   Collision collision = Collision::kShare;
-  double c = 1.0;          // of RAIN's PUCT and of UCT
-  double c1 = 1.25;        // of PUCT
-  double c2 = 19652.0;     // of PUCT
-  double rate = 1.0;       // inverse temperature of Boltzmann
+  double c = 1.0;            // of RAIN's PUCT and of UCT
+  double c1 = 1.25;          // of PUCT
+  double c2 = 19652.0;       // of PUCT
+  double rate = 1.0;         // inverse temperature of Boltzmann
   double low = 0, high = 1;  // of kFixed
-  double floor = 0;        // smallest width of the norm
-  double widen = 0;        // added to the width
-  bool clip = false;       // normalized Q to [0, 1]
-  double loss_weight = 1;  // virtual visits per selection in flight
-  double loss = -1;        // what a virtual visit returns
+  double floor = 0;          // smallest width of the norm
+  double widen = 0;          // added to the width
+  bool clip = false;         // normalized Q to [0, 1]
+  double loss_weight = 1;    // virtual visits per selection in flight
+  double loss = -1;          // what a virtual visit returns
+  // Progressive widening, if width > 0: a node whose draws are fewer than ceil(width * N^growth)
+  // is a leaf that may grow; N counts visits, those in flight and `first_visits`.
+  double width = 0;
+  double growth = 0;
+  double first_visits = 0;  // that every node counts from its beginning
 };
 
 enum class Backing : int32_t { kMean, kMax, kSoft, kSubtreeMean };

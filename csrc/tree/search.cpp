@@ -7,13 +7,12 @@
 #include "common/check.h"
 #include "common/philox.h"
 #include "tree/kernels.h"
+#include "tree/search_rows.h"
 
 namespace alignops::tree {
 namespace {
 
 constexpr int64_t kGroup = 16;  // trees that descend in turns
-// A range of trees that is worth a thread.
-constexpr int64_t kGrain = 32;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 enum class Purpose : uint32_t { kDraw = 0 };
@@ -35,13 +34,6 @@ Range between(double low, double high, const Policy& policy) {
 
 }  // namespace
 
-struct Search::Cursor {
-  int64_t tree;
-  int32_t node;
-  bool made;    // the last step made the node
-  bool loaded;  // its lanes are on their way
-};
-
 Search::Search(Store& store, const Policy& policy, const Backup& backup, uint64_t seed)
     : store_(store),
       policy_(policy),
@@ -55,15 +47,30 @@ Search::Search(Store& store, const Policy& policy, const Backup& backup, uint64_
 
 double Search::visits_of(const Node& node, const Edges& edges) const {
   if (policy_.total == Total::kChildren) return kernels().summarize(edges).visits;
+  const double visits = node.n + policy_.first_visits;
   switch (policy_.in_flight) {
     case InFlight::kCount:
-      return static_cast<double>(node.n) + node.pending;
+      return visits + node.pending;
     case InFlight::kVirtualLoss:
-      return node.n + policy_.loss_weight * node.pending;
+      return visits + policy_.loss_weight * node.pending;
     case InFlight::kNone:
       break;
   }
-  return node.n;
+  return visits;
+}
+
+// Progressive widening. A power that is a whole number but for its rounding counts as that number.
+bool Search::may_grow(const Node& node, const Edges& edges) const {
+  if (!(policy_.width > 0)) return false;
+  const double visits = static_cast<double>(node.n) + node.pending + policy_.first_visits;
+  const double room = std::ceil(policy_.width * std::pow(visits, policy_.growth) * (1 - 1e-12));
+  return kernels().summarize(edges).weight < room;
+}
+
+// Whether a selection that ends here has to wait for another one's evaluation.
+bool Search::waits(const Node& node) const {
+  const bool grows = policy_.width > 0 && (node.flags & (kTerminal | kDead)) == 0;
+  return node.pending > 0 && !grows;
 }
 
 int32_t Search::pick(int64_t t, const Node& node, const Edges& edges) const {
@@ -100,7 +107,8 @@ int32_t Search::pick(int64_t t, const Node& node, const Edges& edges) const {
       } else if (policy_.norm == Norm::kFixed) {
         range = between(policy_.low, policy_.high, policy_);
       } else if (policy_.norm == Norm::kSiblings) {
-        range = between(std::min(seen.q_min, node.value), std::max(seen.q_max, node.value), policy_);
+        range =
+            between(std::min(seen.q_min, node.value), std::max(seen.q_max, node.value), policy_);
       }
       float blank = 0;
       if (policy_.fpu == Fpu::kLow && policy_.norm == Norm::kNone) blank = unvisited();
@@ -127,7 +135,8 @@ int32_t Search::pick(int64_t t, const Node& node, const Edges& edges) const {
                                 .word[0];
       const bool blanks = seen.seen < static_cast<float>(node.n_edges);
       const float shift = std::max(seen.q_max, blanks ? blank : -kInfinity);
-      return table.draw(edges, {static_cast<float>(policy_.rate), finite_or(shift, 0), blank, word});
+      return table.draw(edges,
+                        {static_cast<float>(policy_.rate), finite_or(shift, 0), blank, word});
     }
     case Rule::kGreedy:
       break;
@@ -139,7 +148,7 @@ int32_t Search::pick(int64_t t, const Node& node, const Edges& edges) const {
 void Search::refresh(int64_t t, const Node& node) {
   const Edges e = store_.edges(t, store_.nodes(t)[node.parent]);
   float q = node.fn > 0 ? edge_value(node) : kNoValue;
-  float visits = node.n;
+  float visits = node.n + static_cast<float>(policy_.first_visits);
   if (policy_.in_flight == InFlight::kCount) {
     visits += static_cast<float>(node.pending);
   } else if (policy_.in_flight == InFlight::kVirtualLoss && node.pending > 0) {
@@ -152,12 +161,18 @@ void Search::refresh(int64_t t, const Node& node) {
   e.visits[node.parent_slot] = visits;
 }
 
+Leaf Search::leaf_at(int64_t t, int32_t id, int64_t ticket) const {
+  const Node& leaf = store_.nodes(t)[id];
+  const bool end = (leaf.flags & (kTerminal | kDead | kTruncated)) != 0;
+  return {static_cast<int32_t>(t), id,    leaf.parent, leaf.parent_slot, leaf.depth, false,
+          end && leaf.fn > 0,      ticket};
+}
+
 void Search::arrive(int64_t t, const Cursor& cursor, Leaf* out, int32_t& count) {
   Tree& tree = store_.tree(t);
   Node* nodes = store_.nodes(t);
-  const Node& leaf = nodes[cursor.node];
   ++tree.draws;
-  const bool collision = leaf.pending > 0;
+  const bool collision = waits(nodes[cursor.node]);
   if (collision && policy_.collision == Collision::kSkip) return;
   const int64_t ticket = (t << 32) | tree.tickets++;
   tree.open.push_back({ticket, cursor.node});
@@ -166,9 +181,37 @@ void Search::arrive(int64_t t, const Cursor& cursor, Leaf* out, int32_t& count) 
     if (id == tree.root) break;
     refresh(t, nodes[id]);
   }
-  out[count++] = {static_cast<int32_t>(t), cursor.node,          leaf.parent,
-                  leaf.parent_slot,        leaf.depth,           collision,
-                  leaf.fn > 0 && !collision, ticket};
+  out[count] = leaf_at(t, cursor.node, ticket);
+  out[count++].collision = collision;
+}
+
+// One edge further; true at a leaf.
+bool Search::advance(Cursor& cursor) {
+  const int64_t t = cursor.tree;
+  Node& node = store_.nodes(t)[cursor.node];
+  if ((node.flags & (kExpanded | kTerminal | kDead | kTruncated)) != kExpanded) return true;
+  const Edges e = store_.edges(t, node);
+  if (!cursor.loaded) {
+    for (int64_t lane = 0; lane < 4 * e.cap; lane += 16) __builtin_prefetch(e.prior + lane);
+    cursor.loaded = true;
+    return false;
+  }
+  cursor.loaded = false;
+  if (may_grow(node, e)) return true;
+  const int32_t slot = pick(t, node, e);
+  if (slot < 0) {
+    node.flags |= kDead;
+    return true;
+  }
+  if (const int32_t child = e.child[slot]; child != kNotMade) {
+    cursor.node = child;
+    __builtin_prefetch(store_.nodes(t) + child);
+    return false;
+  }
+  cursor.node = store_.make_child(t, cursor.node, slot);
+  // Until something is backed up, a state is worth what its parent is.
+  if (backup_.rule == Backing::kSoft) store_.nodes(t)[cursor.node].value = node.value;
+  return true;
 }
 
 void Search::select_range(int64_t begin, int64_t end, int64_t k, Leaf* out, int32_t* counts) {
@@ -179,43 +222,16 @@ void Search::select_range(int64_t begin, int64_t end, int64_t k, Leaf* out, int3
     for (int64_t round = 0; round < k; ++round) {
       int64_t active = trees;
       for (int64_t i = 0; i < trees; ++i)
-        cursors[i] = {first + i, store_.tree(first + i).root, false, false};
+        cursors[i] = {first + i, store_.tree(first + i).root, false};
       while (active > 0) {
         for (int64_t i = 0; i < active;) {
-          Cursor& cursor = cursors[i];
-          const int64_t t = cursor.tree;
-          Node& node = store_.nodes(t)[cursor.node];
-          const bool inside = (node.flags & (kExpanded | kTerminal | kDead | kTruncated)) == kExpanded;
-          if (inside && !cursor.loaded) {
-            const Edges e = store_.edges(t, node);
-            for (int64_t lane = 0; lane < 4 * e.cap; lane += 16) __builtin_prefetch(e.prior + lane);
-            cursor.loaded = true;
+          const int64_t t = cursors[i].tree;
+          if (advance(cursors[i])) {
+            arrive(t, cursors[i], out + t * k, counts[t]);
+            cursors[i] = cursors[--active];
+          } else {
             ++i;
-            continue;
           }
-          int32_t slot = -1;
-          if (inside) {
-            const Edges e = store_.edges(t, node);
-            slot = pick(t, node, e);
-            if (slot < 0) {
-              node.flags |= kDead;
-            } else if (const int32_t child = e.child[slot]; child == kNotMade) {
-              const float value = node.value;
-              cursor.node = store_.make_child(t, cursor.node, slot);
-              store_.nodes(t)[cursor.node].value = backup_.rule == Backing::kSoft ? value : 0;
-              slot = -1;
-            } else {
-              cursor.node = child;
-              __builtin_prefetch(store_.nodes(t) + child);
-            }
-          }
-          cursor.loaded = false;
-          if (slot >= 0) {
-            ++i;
-            continue;
-          }
-          arrive(t, cursor, out + t * k, counts[t]);
-          cursors[i] = cursors[--active];
         }
       }
     }
@@ -237,7 +253,8 @@ int64_t Search::select(int64_t k, std::span<Leaf> out, const ParallelFor& parall
   });
   int64_t total = 0;
   for (int64_t t = 0; t < trees; ++t) {
-    if (total != t * k) std::copy_n(out.data() + t * k, counts_[static_cast<size_t>(t)], out.data() + total);
+    if (total != t * k)
+      std::copy_n(out.data() + t * k, counts_[static_cast<size_t>(t)], out.data() + total);
     total += counts_[static_cast<size_t>(t)];
   }
   return total;

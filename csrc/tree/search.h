@@ -20,8 +20,8 @@ struct Leaf {
   int32_t tree, node;
   int32_t parent, slot;  // the edge into it; kNowhere, 0 at a root
   int32_t depth;
-  bool collision;   // another selection in flight got here first
-  bool evaluated;   // nothing is to be asked: it was backed up before and has no edges to follow
+  bool collision;  // another selection in flight waits for this very leaf
+  bool evaluated;  // an end that was backed up before: nothing is to be asked
   int64_t ticket;
 };
 
@@ -41,9 +41,20 @@ class Search {
  public:
   Search(Store& store, const Policy& policy, const Backup& backup, uint64_t seed);
 
-  // Up to `k` leaves of each tree, by tree and in the order of their selection, into `out`, which has
-  // room for k * trees. Returns how many. Throws CapacityError if a tree may lack room.
+  // Up to `k` leaves of each tree, by tree and in the order of their selection, into `out`, which
+  // has room for k * trees. Returns how many. Throws CapacityError if a tree may lack room.
   int64_t select(int64_t k, std::span<Leaf> out, const ParallelFor& parallel);
+
+  // Goes on with selections whose leaf has edges by now, each from where it stands; `out` has one
+  // leaf per ticket. Throws StateError for a ticket that is not open or whose leaf has no edges,
+  // CapacityError.
+  void descend(std::span<const int64_t> tickets, std::span<Leaf> out, const ParallelFor& parallel);
+
+  // Gives each selection's leaf one more child and moves the selection there. If `merge`, a child
+  // behind an edge of the same action is taken and its weight rises by 1; a new edge has weight 1.
+  // Throws StateError for a ticket that is not open or whose leaf is an end, CapacityError.
+  void grow(std::span<const int64_t> tickets, std::span<const int32_t> actions, bool merge,
+            std::span<Leaf> out, const ParallelFor& parallel);
 
   // Throws std::invalid_argument, NodeIndexError, InvalidPriorError, StateError, CapacityError.
   void expand(const Proposals& rows, const ParallelFor& parallel);
@@ -54,7 +65,8 @@ class Search {
               const ParallelFor& parallel);
   void cancel(std::span<const int64_t> tickets, const ParallelFor& parallel);
 
-  // Ends of episodes: these nodes are evaluated, but get no edges. Throws NodeIndexError, StateError.
+  // Ends of episodes: these nodes are evaluated, but get no edges. Throws NodeIndexError,
+  // StateError.
   void end(std::span<const int32_t> tree, std::span<const int32_t> node);
   // Rewards of the edges into nodes that were not backed up yet. Throws NodeIndexError, StateError,
   // InvalidValueError.
@@ -69,7 +81,14 @@ class Search {
   struct Order;
 
   void select_range(int64_t begin, int64_t end, int64_t k, Leaf* out, int32_t* counts);
+  bool advance(Cursor& cursor);
+  bool may_grow(const Node& node, const Edges& edges) const;
+  bool waits(const Node& node) const;
+  Leaf leaf_at(int64_t t, int32_t id, int64_t ticket) const;
   void arrive(int64_t t, const Cursor& cursor, Leaf* out, int32_t& count);
+  Leaf grow_one(int64_t t, int64_t ticket, int32_t action, bool merge);
+  void add_weight(int64_t t, int32_t id, int32_t slot);
+  void set_soft(Node& node) const;
   int32_t pick(int64_t t, const Node& node, const Edges& edges) const;
   double visits_of(const Node& node, const Edges& edges) const;
   void refresh(int64_t t, const Node& node);
@@ -77,6 +96,7 @@ class Search {
   void update(Node& node, const Edges& edges, int32_t slot, float old_q);
   void update_soft(Node& node, const Edges& edges, int32_t slot, float old_q);
   Order order(std::span<const int64_t> tickets, const char* op) const;
+  Ticket& find(int64_t t, int64_t ticket);
   int32_t take(int64_t t, int64_t ticket);
   void check_distinct(const Proposals& rows, int32_t largest);
   float edge_value(const Node& node) const {
@@ -88,7 +108,7 @@ class Search {
   Backup backup_;
   uint64_t seed_;
   std::vector<int32_t> counts_;
-  std::vector<uint32_t> stamps_;
+  std::vector<uint32_t> stamps_;  // of the last row with this action
   uint32_t stamp_ = 0;
 };
 

@@ -8,11 +8,11 @@
 #include "common/check.h"
 #include "tree/kernels.h"
 #include "tree/search.h"
+#include "tree/search_rows.h"
 
 namespace alignops::tree {
 namespace {
 
-constexpr int64_t kGrain = 32;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Up to this action id duplicates are found by marking ids.
 constexpr int32_t kMarked = 1 << 20;
@@ -22,14 +22,6 @@ constexpr int32_t kAnew = 256;
 constexpr double kShrunk = 1e-3;
 
 }  // namespace
-
-// Rows by tree: all rows of a tree are consecutive in `row`.
-struct Search::Order {
-  std::vector<int64_t> row;    // empty: the rows are by tree already
-  std::vector<int64_t> begin;  // [trees + 1]
-
-  int64_t at(int64_t i) const { return row.empty() ? i : row[static_cast<size_t>(i)]; }
-};
 
 Search::Order Search::order(std::span<const int64_t> tickets, const char* op) const {
   const int64_t trees = store_.size();
@@ -62,7 +54,8 @@ Search::Order Search::order(std::span<const int64_t> tickets, const char* op) co
     const auto& open = store_.tree(t).open;
     ids.clear();
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t ticket = tickets[static_cast<size_t>(out.at(i))];
+      const auto row = static_cast<size_t>(i);
+      const int64_t ticket = tickets[out.row.empty() ? row : static_cast<size_t>(out.row[row])];
       const bool known = std::any_of(open.begin(), open.end(),
                                      [ticket](const Ticket& x) { return x.id == ticket; });
       if (!known || std::find(ids.begin(), ids.end(), ticket) != ids.end())
@@ -74,13 +67,18 @@ Search::Order Search::order(std::span<const int64_t> tickets, const char* op) co
   return out;
 }
 
+Ticket& Search::find(int64_t t, int64_t id) {
+  auto& open = store_.tree(t).open;
+  return *std::find_if(open.begin(), open.end(),
+                       [id](const Ticket& ticket) { return ticket.id == id; });
+}
+
 // Removes an open ticket; its node.
 int32_t Search::take(int64_t t, int64_t id) {
+  Ticket& ticket = find(t, id);
+  const int32_t node = ticket.node;
   auto& open = store_.tree(t).open;
-  const auto found =
-      std::find_if(open.begin(), open.end(), [id](const Ticket& ticket) { return ticket.id == id; });
-  const int32_t node = found->node;
-  *found = open.back();
+  ticket = open.back();
   open.pop_back();
   return node;
 }
@@ -239,10 +237,15 @@ void Search::update_soft(Node& node, const Edges& edges, int32_t slot, float old
     node.aux = static_cast<float>(best);
     node.value_sum = sum;
   }
-  if (std::isinf(rate) || std::isinf(node.aux)) {
+  set_soft(node);
+}
+
+void Search::set_soft(Node& node) const {
+  if (std::isinf(backup_.rate) || std::isinf(node.aux)) {
     node.value = node.aux;
-  } else if (node.raw_value > 0 && rate > 0) {
-    node.value = static_cast<float>(node.aux + std::log(node.value_sum / node.raw_value) / rate);
+  } else if (node.raw_value > 0) {
+    node.value =
+        static_cast<float>(node.aux + std::log(node.value_sum / node.raw_value) / backup_.rate);
   }
 }
 
@@ -254,12 +257,13 @@ void Search::update(Node& node, const Edges& edges, int32_t slot, float old_q) {
       break;
     case Backing::kMax: {
       const float best = kernels().summarize(edges).q_max;
-      node.value = std::isnan(node.aux) ? best : std::max(node.aux, best);
+      node.value = std::isnan(node.raw_value) ? best : std::max(node.raw_value, best);
       break;
     }
     case Backing::kSubtreeMean: {
       const Summary seen = kernels().summarize(edges);
-      node.value = (node.aux + seen.q_sum) / (1 + seen.seen);
+      const bool told = !std::isnan(node.raw_value);
+      node.value = told ? (node.raw_value + seen.q_sum) / (1 + seen.seen) : seen.q_sum / seen.seen;
       break;
     }
     case Backing::kSoft:
@@ -274,9 +278,11 @@ void Search::backup_one(int64_t t, int32_t leaf, float value) {
   Node* node = nodes + leaf;
   double g = value;
   node->flags &= static_cast<uint16_t>(~kPending);
-  node->raw_value = value;
-  node->aux = value;
-  node->value = value;
+  // A soft value that comes from children is not told by the node any more.
+  if ((node->flags & kFromChildren) == 0) {
+    node->raw_value = value;
+    node->value = value;
+  }
   int32_t slot = kNowhere;  // of the child that was updated last
   float old_q = kNoValue;
   while (true) {
@@ -285,8 +291,9 @@ void Search::backup_one(int64_t t, int32_t leaf, float value) {
     node->pending -= 1;
     if (slot != kNowhere) {
       update(*node, store_.edges(t, *node), slot, old_q);
-    } else if (backup_.rule == Backing::kMean) {
-      node->value = static_cast<float>(node->value_sum / node->n);
+    } else if (backup_.rule != Backing::kSoft) {
+      update(*node, node->edge_base != kNoEdges ? store_.edges(t, *node) : Edges{}, kNowhere,
+             kNoValue);
     }
     node->fn += 1;
     const float seen = edge_value(*node);
@@ -306,46 +313,32 @@ void Search::backup(std::span<const int64_t> tickets, std::span<const float> val
                     const ParallelFor& parallel) {
   const char* op = "TreeStore.backup";
   for (size_t i = 0; i < values.size(); ++i) {
-    const bool fits = std::isfinite(values[i]) ||
-                      (backup_.rule == Backing::kSoft && values[i] == -kInfinity);
+    const bool fits =
+        std::isfinite(values[i]) || (backup_.rule == Backing::kSoft && values[i] == -kInfinity);
     if (!fits)
       throw InvalidValueError(message(op, ": values must be finite, got ", values[i], " in row ", i,
                                       " (ticket ", tickets[i], ")"));
   }
   const Order rows = order(tickets, op);
   for (int64_t t = 0; t < store_.size(); ++t) {
-    const auto more = static_cast<float>(rows.begin[static_cast<size_t>(t) + 1] -
-                                         rows.begin[static_cast<size_t>(t)]);
+    const auto more = static_cast<float>(rows.rows_of(t));
     const Tree& tree = store_.tree(t);
     if (more > 0 && store_.nodes(t)[tree.root].n + more > kCountable)
       throw CapacityError(message(op, ": tree ", t, " would have more than 2^24 visits"));
   }
-  parallel(0, store_.size(), kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      for (int64_t i = rows.begin[static_cast<size_t>(t)];
-           i < rows.begin[static_cast<size_t>(t) + 1]; ++i) {
-        const auto row = static_cast<size_t>(rows.at(i));
-        backup_one(t, take(t, tickets[row]), values[row]);
-      }
-    }
-  });
+  rows.each(parallel,
+            [&](int64_t t, size_t row) { backup_one(t, take(t, tickets[row]), values[row]); });
 }
 
 void Search::cancel(std::span<const int64_t> tickets, const ParallelFor& parallel) {
   const Order rows = order(tickets, "TreeStore.cancel");
-  parallel(0, store_.size(), kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      Node* nodes = store_.nodes(t);
-      const int32_t root = store_.tree(t).root;
-      for (int64_t i = rows.begin[static_cast<size_t>(t)];
-           i < rows.begin[static_cast<size_t>(t) + 1]; ++i) {
-        int32_t id = take(t, tickets[static_cast<size_t>(rows.at(i))]);
-        for (;; id = nodes[id].parent) {
-          --nodes[id].pending;
-          if (id == root) break;
-          refresh(t, nodes[id]);
-        }
-      }
+  rows.each(parallel, [&](int64_t t, size_t row) {
+    Node* nodes = store_.nodes(t);
+    const int32_t root = store_.tree(t).root;
+    for (int32_t id = take(t, tickets[row]);; id = nodes[id].parent) {
+      --nodes[id].pending;
+      if (id == root) break;
+      refresh(t, nodes[id]);
     }
   });
 }

@@ -21,10 +21,9 @@ Limits checked(const Limits& limits) {
   ALIGNOPS_CHECK(limits.trees >= 0, "TreeStore: trees must be at least 0, got ", limits.trees);
   ALIGNOPS_CHECK(limits.nodes >= 1 && limits.nodes <= kMostNodes,
                  "TreeStore: capacity must be 1 to ", kMostNodes, " nodes, got ", limits.nodes);
-  ALIGNOPS_CHECK(
-      limits.lanes >= kLanes && limits.lanes <= kMostLanes && limits.lanes % kLanes == 0,
-      "TreeStore: edge_capacity must be ", kLanes, " to ", kMostLanes, " lanes and divisible by ",
-      kLanes, ", got ", limits.lanes);
+  ALIGNOPS_CHECK(limits.lanes >= kLanes && limits.lanes <= kMostLanes && limits.lanes % kLanes == 0,
+                 "TreeStore: edge_capacity must be ", kLanes, " to ", kMostLanes,
+                 " lanes and divisible by ", kLanes, ", got ", limits.lanes);
   constexpr int64_t kBytes = int64_t{1} << 46;
   ALIGNOPS_CHECK(limits.trees <= kBytes / (limits.nodes * 64 + limits.lanes * 24),
                  "TreeStore: ", limits.trees, " trees of ", limits.nodes, " nodes and ",
@@ -85,18 +84,22 @@ int32_t Store::make_child(int64_t t, int32_t parent, int32_t slot) {
 
 int64_t Store::lanes_for(int64_t edges) { return edges > 0 ? kLanes << class_of(edges) : 0; }
 
-void Store::add_edges(int64_t t, int32_t id, int64_t count) {
-  Tree& tree = trees_[static_cast<size_t>(t)];
-  Node& node = nodes(t)[id];
-  const int32_t size_class = class_of(count);
+uint32_t Store::take_block(Tree& tree, int32_t size_class) {
   auto& recycled = tree.free[size_class];
+  uint32_t base = tree.blocks;
   if (recycled.empty()) {
-    node.edge_base = tree.blocks;
     tree.blocks += 1u << size_class;
   } else {
-    node.edge_base = recycled.back();
+    base = recycled.back();
     recycled.pop_back();
   }
+  return base;
+}
+
+void Store::add_edges(int64_t t, int32_t id, int64_t count) {
+  Node& node = nodes(t)[id];
+  const int32_t size_class = class_of(count);
+  node.edge_base = take_block(trees_[static_cast<size_t>(t)], size_class);
   node.edge_cap_log2 = static_cast<uint8_t>(size_class);
   node.n_edges = static_cast<uint32_t>(count);
   const Edges e = edges(t, node);
@@ -105,6 +108,31 @@ void Store::add_edges(int64_t t, int32_t id, int64_t count) {
   std::fill_n(e.visits, e.cap, 0.0f);
   std::fill_n(e.child, count, kNotMade);
   std::fill_n(e.child + count, e.cap - count, kPadding);
+}
+
+int32_t Store::append_edge(int64_t t, int32_t id, int32_t action, float prior) {
+  Node& node = nodes(t)[id];
+  if (node.edge_base == kNoEdges) {
+    add_edges(t, id, 1);
+  } else if (static_cast<int64_t>(node.n_edges) == kLanes << node.edge_cap_log2) {
+    Tree& tree = trees_[static_cast<size_t>(t)];
+    const Edges old = edges(t, node);
+    const int32_t* old_actions = actions(t, node);
+    tree.free[node.edge_cap_log2].push_back(node.edge_base);
+    add_edges(t, id, old.cap + 1);
+    const Edges e = edges(t, node);
+    std::copy_n(old.prior, old.cap, e.prior);
+    std::copy_n(old.q, old.cap, e.q);
+    std::copy_n(old.visits, old.cap, e.visits);
+    std::copy_n(old.child, old.cap, e.child);
+    std::copy_n(old_actions, old.cap, actions(t, node));
+  } else {
+    edges(t, node).child[node.n_edges++] = kNotMade;
+  }
+  const auto slot = static_cast<int32_t>(node.n_edges - 1);
+  edges(t, node).prior[slot] = prior;
+  actions(t, node)[slot] = action;
+  return slot;
 }
 
 int64_t Store::bytes() const {
@@ -137,7 +165,8 @@ void Store::validate_tree(int64_t t) const {
       if (node.n_edges > e.cap) fail(id, "more edges than lanes");
       for (int64_t i = 0; i < e.cap; ++i) {
         const int32_t child = e.child[i];
-        if ((i >= node.n_edges) != (child == kPadding)) fail(id, "padding is not where it should be");
+        if ((i >= node.n_edges) != (child == kPadding))
+          fail(id, "padding is not where it should be");
         if (child < 0) continue;
         if (child >= tree.nodes || all[child].parent != id || all[child].parent_slot != i)
           fail(id, "a child does not know its parent");

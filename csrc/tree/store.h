@@ -46,8 +46,8 @@ struct Ticket {
 
 struct Tree {
   int32_t root = 0;
-  int32_t nodes = 0;     // used
-  uint32_t blocks = 0;   // used, in units of kLanes lanes
+  int32_t nodes = 0;        // used
+  uint32_t blocks = 0;      // used, in units of kLanes lanes
   float low = 0, high = 0;  // smallest and largest value seen
   uint64_t uid = 0;
   uint32_t draws = 0;    // selections that were begun
@@ -66,17 +66,15 @@ class Store {
   Tree& tree(int64_t t) { return trees_[static_cast<size_t>(t)]; }
   const Tree& tree(int64_t t) const { return trees_[static_cast<size_t>(t)]; }
 
-  Node* nodes(int64_t t) const {
-    return reinterpret_cast<Node*>(nodes_.data()) + t * node_stride_;
-  }
+  Node* nodes(int64_t t) const { return reinterpret_cast<Node*>(nodes_.data()) + t * node_stride_; }
   int64_t node_stride() const { return node_stride_; }
 
   // The lanes of a node that has some.
   Edges edges(int64_t t, const Node& node) const {
     const int64_t cap = kLanes << node.edge_cap_log2;
     auto* block = reinterpret_cast<float*>(
-        edges_.data() + (t * lane_stride_ + static_cast<int64_t>(node.edge_base) * kLanes) *
-                            kLaneBytes);
+        edges_.data() +
+        (t * lane_stride_ + static_cast<int64_t>(node.edge_base) * kLanes) * kLaneBytes);
     return {block, block + cap, block + 2 * cap, reinterpret_cast<int32_t*>(block + 3 * cap), cap};
   }
   int32_t* actions(int64_t t, const Node& node) const {
@@ -88,16 +86,15 @@ class Store {
   void check_node(const char* op, int64_t t, int64_t node) const;
 
   // Whether so many new nodes fit.
-  bool has_room(int64_t t, int64_t nodes) const {
-    return tree(t).nodes + nodes <= limits_.nodes;
-  }
+  bool has_room(int64_t t, int64_t nodes) const { return tree(t).nodes + nodes <= limits_.nodes; }
   // A child behind an edge that has none yet; the caller has asked for room.
   int32_t make_child(int64_t t, int32_t parent, int32_t slot);
   // Lanes that `add_edges` takes at most for so many edges.
   static int64_t lanes_for(int64_t edges);
-  int64_t lanes_used(int64_t t) const {
-    return static_cast<int64_t>(tree(t).blocks) * kLanes;
-  }
+  int64_t lanes_used(int64_t t) const { return static_cast<int64_t>(tree(t).blocks) * kLanes; }
+  // One more edge with this action and prior, not made yet; its slot. The caller has asked for room
+  // for the lanes of `n_edges + 1`. Blocks that are outgrown are used again.
+  int32_t append_edge(int64_t t, int32_t node, int32_t action, float prior);
   // A block of empty lanes for a node without edges; the caller has asked for room.
   void add_edges(int64_t t, int32_t node, int64_t edges);
 
@@ -109,6 +106,7 @@ class Store {
   void validate() const;
 
  private:
+  uint32_t take_block(Tree& tree, int32_t size_class);
   void validate_tree(int64_t t) const;
 
   Limits limits_;

@@ -1,5 +1,7 @@
 """The formulas of the tree core against the golden vectors of the papers and their code."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -120,7 +122,7 @@ def test_value_of_p_aligner() -> None:
 def test_cost_of_astar() -> None:
     h = [1 - r for r in (0.5, 0.7, 0.4, 0.6)]
     g = [0.0]
-    for before, after in zip(h, h[1:], strict=False):
+    for before, after in itertools.pairwise(h):
         g.append(backup.astar_cost(g[-1], before, after, "h_rise"))
     close(g, [0, 0, 0.3, 0.3])
     close(np.add(g, h), [0.5, 0.3, 0.9, 0.7])

@@ -49,7 +49,9 @@ def test_one_leaf_at_a_time_is_the_plain_search(name: str, width: int, isa: str)
     for t, world in enumerate(worlds):
         root, bounds = search.search(world.evaluate, 60, score)
         same(store, t, 0, root, 1.0)
-        assert float(store.trees().high[t]) == pytest.approx(max(bounds.high, 1.0 if name == "rain" else -1), abs=2e-6)
+        assert float(store.trees().high[t]) == pytest.approx(
+            max(bounds.high, 1.0 if name == "rain" else -1), abs=2e-6
+        )
 
 
 def test_rewards_and_discount() -> None:

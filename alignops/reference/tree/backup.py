@@ -55,9 +55,7 @@ def cosine(a: Array, b: Array) -> float:
     return float(a @ b) / size if size > 0 else 0.0
 
 
-def astar_cost(
-    g: float, h_parent: float, h: float, rule: str, logprob: float = 0.0
-) -> float:
+def astar_cost(g: float, h_parent: float, h: float, rule: str, logprob: float = 0.0) -> float:
     """A*-decoding (arXiv 2505.13672): g of a state from that of its parent; h = 1 - r.
 
     `h_rise` adds what h rose, `h_drop` what it fell, `steps` one per step, `neg_logprob` the

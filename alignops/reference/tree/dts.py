@@ -23,10 +23,12 @@ MODES = ("separate", "merge", "enumerate")
 class Chain(Protocol):
     """The process that is steered."""
 
-    def terminal(self, state: Hashable) -> bool: ...
+    def terminal(self, state: Hashable) -> bool:
+        """Whether the chain ends here."""
+        ...
 
     def reward(self, state: Hashable) -> float:
-        """r of a terminal state."""
+        """Reward r of a terminal state."""
         ...
 
     def draw(self, state: Hashable, rng: np.random.Generator) -> Hashable:
@@ -40,8 +42,10 @@ class Chain(Protocol):
 
 @dataclass(eq=False)
 class SoftNode:
-    """A state of the tree. `weights[i]` belongs to `children[i]`: how often it was drawn, or its
-    probability."""
+    """A state of the tree.
+
+    `weights[i]` belongs to `children[i]`: how often it was drawn, or its probability.
+    """
 
     state: Hashable
     n: int = 1
@@ -59,10 +63,10 @@ class SoftNode:
 class DiffusionTree:
     """The tree of one sampler.
 
-    `mode` says what a draw of the chain becomes: "separate", a node of its own (the paper); "merge",
-    equal states share a node, whose weight is how often it was drawn; "enumerate", all next states
-    are listed and weighed by their probability, nothing is drawn. `c_uct`: None for DTS, a constant
-    for DTS*.
+    `mode` says what a draw of the chain becomes: "separate", a node of its own (the paper);
+    "merge", equal states share a node, whose weight is how often it was drawn; "enumerate", all
+    next states are listed and weighed by their probability, nothing is drawn. `c_uct`: None for
+    DTS, a constant for DTS*.
     """
 
     def __init__(
@@ -119,6 +123,7 @@ class DiffusionTree:
         return node.children[-1]
 
     def select(self, node: SoftNode) -> SoftNode:
+        """A child by Boltzmann draw, or for DTS* by UCT."""
         q, weight = node.arrays()
         if self.c_uct is None:
             p = boltzmann(q, weight, self.inverse_temperature)

@@ -106,11 +106,11 @@ def completed(
     """sigma(q): completed Q rescaled to [0, 1], times (c_visit + max N) c_scale."""
     known = filled(q, visits, mixed_value(raw, q, prior, visits))
     unit = rescaled(known, float(known.min()), float(known.max()))
-    return (c_visit + visits.max()) * c_scale * unit
+    return np.asarray((c_visit + visits.max()) * c_scale * unit, np.float64)
 
 
 def improved_policy(logits: Array, sigma: Array) -> Array:
-    """pi' = softmax(logits + sigma(q))."""
+    """Gumbel MuZero's pi' = softmax(logits + sigma(q))."""
     x = logits + sigma
     x = np.exp(x - x.max())
     return np.asarray(x / x.sum(), np.float64)
@@ -118,7 +118,7 @@ def improved_policy(logits: Array, sigma: Array) -> Array:
 
 def gumbel_inner(policy: Array, visits: Array) -> Array:
     """Gumbel MuZero inside the tree: pi' - N / (1 + sum N)."""
-    return policy - visits / (1 + visits.sum())
+    return np.asarray(policy - visits / (1 + visits.sum()), np.float64)
 
 
 def halving_table(considered: int, simulations: int) -> list[int]:
@@ -137,10 +137,8 @@ def halving_table(considered: int, simulations: int) -> list[int]:
     return table[:simulations]
 
 
-def gumbel_root(
-    gumbel: Array, logits: Array, sigma: Array, visits: Array, required: int
-) -> Array:
-    """g + logit + sigma(q) of the edges that have the required visits, else -inf."""
+def gumbel_root(gumbel: Array, logits: Array, sigma: Array, visits: Array, required: int) -> Array:
+    """Gumbel MuZero at the root: g + logit + sigma(q) where N is as required, else -inf."""
     return np.where(visits == required, gumbel + logits + sigma, -np.inf)
 
 
@@ -149,4 +147,4 @@ def widening(n: float, c: float, alpha: float) -> int:
 
     A power that is a whole number but for its rounding counts as that number.
     """
-    return math.ceil(c * n**alpha * (1 - 1e-12))
+    return math.ceil(c * math.pow(n, alpha) * (1 - 1e-12))

@@ -35,6 +35,7 @@ class Node:
 
     @property
     def value(self) -> float:
+        """The mean of what was backed up."""
         return self.value_sum / self.n if self.n else 0.0
 
     def edges(self, discount: float = 1.0) -> tuple[Array, Array]:
@@ -52,6 +53,7 @@ class Bounds:
     high: float = -math.inf
 
     def see(self, value: float) -> None:
+        """Widen the bounds to this value."""
         self.low, self.high = min(self.low, value), max(self.high, value)
 
 
@@ -113,7 +115,9 @@ def search(
     Args:
         evaluate: of a path of edges from the root; () is the root, whose evaluation is its first
             visit and no simulation.
+        simulations: how many leaves to add.
         score: of the edges of a node; the first of the best is taken.
+        discount: of what lies one edge further.
     """
     bounds = Bounds()
 
@@ -140,7 +144,7 @@ def search(
     root = arrive(())
     back([root])
     for _ in range(simulations):
-        nodes, path = [root], ()
+        nodes, path = [root], tuple[int, ...]()
         while not nodes[-1].terminal:
             edge = int(np.argmax(score(nodes[-1], bounds)))
             path = (*path, edge)

@@ -44,8 +44,8 @@ inline Floats round(Floats a) {
   return Floats(_mm256_round_ps(a.at, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 inline Floats scale_by_power(Floats a, Floats power) {
-  const __m256i bits = _mm256_slli_epi32(
-      _mm256_add_epi32(_mm256_cvtps_epi32(power.at), _mm256_set1_epi32(127)), 23);
+  const __m256i bits =
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(power.at), _mm256_set1_epi32(127)), 23);
   return Floats(_mm256_mul_ps(a.at, _mm256_castsi256_ps(bits)));
 }
 inline Floats choose(Mask mask, Floats yes, Floats no) {

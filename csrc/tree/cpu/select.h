@@ -39,8 +39,7 @@ class Best {
   int32_t slot() const {
     const float best = largest(score_);
     if (best == -__builtin_inff()) return -1;
-    return static_cast<int32_t>(
-        least(choose(score_ == F(best), slot_, F(__builtin_inff()))));
+    return static_cast<int32_t>(least(choose(score_ == F(best), slot_, F(__builtin_inff()))));
   }
 
  private:
@@ -61,7 +60,8 @@ struct Selection {
   }
 
   static Summary summarize(const Edges& e) {
-    F low(__builtin_inff()), high(-__builtin_inff()), sum(0.0f), seen(0.0f), visits(0.0f), most(0.0f);
+    F low(__builtin_inff()), high(-__builtin_inff());
+    F sum(0.0f), seen(0.0f), visits(0.0f), most(0.0f), weight(0.0f);
     for (int64_t i = 0; i < e.cap; i += 8) {
       const F q = F::load(e.q + i);
       const auto closed = F::below(e.child + i, kNotMade);
@@ -73,8 +73,10 @@ struct Selection {
       const F n = choose(closed, F(0.0f), F::load(e.visits + i));
       visits = visits + n;
       most = max(most, n);
+      weight = weight + choose(closed, F(0.0f), F::load(e.prior + i));
     }
-    return {least(low), largest(high), total(sum), total(seen), total(visits), largest(most)};
+    return {least(low),    largest(high), total(sum),   total(seen),
+            total(visits), largest(most), total(weight)};
   }
 
   static int32_t puct(const Edges& e, const PuctArgs& a) {
