@@ -1,5 +1,6 @@
 #include "tree/self_test.h"
 
+#include <cstddef>
 #include <vector>
 
 namespace alignops::tree {
@@ -12,18 +13,18 @@ struct Block {
   int64_t cap;
 
   Block(int64_t lanes_in_block, int64_t edges, uint32_t seed)
-      : lanes(static_cast<size_t>(3 * lanes_in_block)),
-        child(static_cast<size_t>(lanes_in_block), kPadding),
+      : lanes(static_cast<std::size_t>(3 * lanes_in_block)),
+        child(static_cast<std::size_t>(lanes_in_block), kPadding),
         cap(lanes_in_block) {
     const auto next = [&seed] { return (seed = seed * 1664525u + 1013904223u) >> 8; };
     for (int64_t i = 0; i < cap; ++i) {
-      const auto at = static_cast<size_t>(i);
+      const auto at = static_cast<std::size_t>(i);
       const bool edge = i < edges;
       const bool known = edge && next() % 3 != 0;
       lanes[at] = edge ? static_cast<float>(next() % 1000) * 1e-3f : 0.0f;
-      lanes[at + static_cast<size_t>(cap)] =
+      lanes[at + static_cast<std::size_t>(cap)] =
           known ? static_cast<float>(next() % 64) * 0.05f - 1.0f : kNoValue;
-      lanes[at + static_cast<size_t>(2 * cap)] = known ? static_cast<float>(next() % 5) : 0.0f;
+      lanes[at + static_cast<std::size_t>(2 * cap)] = known ? static_cast<float>(next() % 5) : 0.0f;
       if (edge) child[at] = next() % 7 == 0 ? kPruned : known ? static_cast<int32_t>(i) : kNotMade;
     }
   }
