@@ -73,8 +73,16 @@ struct Avx512Lanes {
   static void transpose(const char* const* keys, int64_t count, int64_t depth, float* out) {
     for (int64_t first = 0; first < kTileKeys; first += kLanes)
       for (int64_t d = 0; d < depth; d += kLanes) {
-        const M mask = tail_mask16(depth - d);
         F rows[kLanes];
+        if (count - first >= kLanes && depth - d >= kLanes) {
+#pragma GCC unroll 16
+          for (int64_t i = 0; i < kLanes; ++i) rows[i] = load16_f32(keys[first + i], kType, d);
+          transpose16(rows);
+#pragma GCC unroll 16
+          for (int64_t i = 0; i < kLanes; ++i) store(out + (d + i) * kTileKeys + first, rows[i]);
+          continue;
+        }
+        const M mask = tail_mask16(depth - d);
         for (int64_t i = 0; i < kLanes; ++i)
           rows[i] =
               first + i < count ? load16_f32(keys[first + i], kType, d, mask) : _mm512_setzero_ps();

@@ -48,27 +48,55 @@ struct Panels {
   int64_t size(int64_t i) const { return base + (i < longer ? 1 : 0); }
 };
 
+// Rows that are needed soon, to be fetched a few at a time while something is computed: bursts
+// would wait for each other, and computing for them.
+struct Ahead {
+  const char* const* rows;
+  int64_t count, bytes;
+
+  // Of `parts` equal parts those from `begin` to `end`.
+  Ahead slice(int64_t begin, int64_t end, int64_t parts) const {
+    const int64_t first = count * begin / parts;
+    return {rows + first, count * end / parts - first, bytes};
+  }
+  void fetch(int64_t row) const {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(rows[row] + at, 0, 2);
+  }
+  // f(begin, end) for consecutive parts of [begin, end), before each of which a row is fetched.
+  template <class F>
+  [[gnu::always_inline]] inline void during(int64_t begin, int64_t end, const F& f) const {
+    const int64_t step = count > 0 ? (end - begin) / count : 0;
+    for (int64_t row = 0; row < count; ++row) {
+      fetch(row);
+      f(begin + step * row, row + 1 < count ? begin + step * (row + 1) : end);
+    }
+    if (count == 0) f(begin, end);
+  }
+};
+
 // p[r][key] for kRows queries, q[d][r] and k[d][key].
 template <class S, int kRows>
 void scores(const float* __restrict q, const float* __restrict k, int64_t depth,
-            float* __restrict p) {
+            float* __restrict p, const Ahead& ahead) {
   constexpr int kVectors = kTileKeys / S::kLanes;
   typename S::F sum[kRows][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) sum[r][i] = S::floats(0);
-  for (int64_t d = 0; d < depth; ++d) {
-    typename S::F key[kVectors];
+  ahead.during(0, depth, [&](int64_t first, int64_t last) {
+    for (int64_t d = first; d < last; ++d) {
+      typename S::F key[kVectors];
 #pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) key[i] = S::load(k + d * kTileKeys + i * S::kLanes);
+      for (int i = 0; i < kVectors; ++i) key[i] = S::load(k + d * kTileKeys + i * S::kLanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const typename S::F query = S::floats(q[d * kRows + r]);
+      for (int r = 0; r < kRows; ++r) {
+        const typename S::F query = S::floats(q[d * kRows + r]);
 #pragma GCC unroll 4
-      for (int i = 0; i < kVectors; ++i) sum[r][i] = S::multiply_add(query, key[i], sum[r][i]);
+        for (int i = 0; i < kVectors; ++i) sum[r][i] = S::multiply_add(query, key[i], sum[r][i]);
+      }
     }
-  }
+  });
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
@@ -79,24 +107,26 @@ void scores(const float* __restrict q, const float* __restrict k, int64_t depth,
 // vectors of columns.
 template <class S, int kRows, int kVectors>
 void weigh(const float* __restrict p, const float* const* v, int64_t begin, int64_t end,
-           int64_t column, float* const* acc, const float* alpha) {
+           int64_t column, float* const* acc, const float* alpha, const Ahead& ahead) {
   typename S::F sum[kRows][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i)
       sum[r][i] = S::mul(S::floats(alpha[r]), S::load(acc[r] + column + i * S::kLanes));
-  for (int64_t key = begin; key < end; ++key) {
-    typename S::F value[kVectors];
+  ahead.during(begin, end, [&](int64_t first, int64_t last) {
+    for (int64_t key = first; key < last; ++key) {
+      typename S::F value[kVectors];
 #pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) value[i] = S::load(v[key] + column + i * S::kLanes);
+      for (int i = 0; i < kVectors; ++i) value[i] = S::load(v[key] + column + i * S::kLanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const typename S::F weight = S::floats(p[r * kTileKeys + key]);
+      for (int r = 0; r < kRows; ++r) {
+        const typename S::F weight = S::floats(p[r * kTileKeys + key]);
 #pragma GCC unroll 4
-      for (int i = 0; i < kVectors; ++i) sum[r][i] = S::multiply_add(weight, value[i], sum[r][i]);
+        for (int i = 0; i < kVectors; ++i) sum[r][i] = S::multiply_add(weight, value[i], sum[r][i]);
+      }
     }
-  }
+  });
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
@@ -105,12 +135,17 @@ void weigh(const float* __restrict p, const float* const* v, int64_t begin, int6
 
 template <class S, int kRows>
 void weigh_columns(const float* p, const float* const* v, int64_t begin, int64_t end,
-                   int64_t columns, float* const* acc, const float* alpha) {
+                   int64_t columns, float* const* acc, const float* alpha, const Ahead& ahead) {
   const int64_t vectors = columns / S::kLanes;
-  int64_t i = 0;
-  for (; i + 4 <= vectors; i += 4) weigh<S, kRows, 4>(p, v, begin, end, i * S::kLanes, acc, alpha);
-  for (; i + 2 <= vectors; i += 2) weigh<S, kRows, 2>(p, v, begin, end, i * S::kLanes, acc, alpha);
-  for (; i < vectors; ++i) weigh<S, kRows, 1>(p, v, begin, end, i * S::kLanes, acc, alpha);
+  for (int64_t i = 0; i < vectors;) {
+    const int64_t left = vectors - i, step = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    with_count<4>(step, [&]<int kVectors>() {
+      if constexpr (kVectors != 3)
+        weigh<S, kRows, kVectors>(p, v, begin, end, i * S::kLanes, acc, alpha,
+                                  ahead.slice(i, i + step, vectors));
+    });
+    i += step;
+  }
 }
 
 // Keys [first, first + count) of a segment.
@@ -129,6 +164,8 @@ class Work {
         task_(task),
         queries_((task.row_end - task.row_begin) * a.group),
         columns_(padded(a.v.columns)),
+        key_bytes_(a.k.columns * bytes_of(a.k.dtype)),
+        value_bytes_(a.v.columns * bytes_of(a.v.dtype)),
         places_(queries_, task.row_end - task.row_begin, a.k.columns, a.v.columns, a.rotary.pairs) {
   }
 
@@ -155,21 +192,25 @@ class Work {
     pack_queries(s, visible, panels);
     float* sums = at(places_.sums);
     for (int64_t i = 0; i < count * S::kLanes; ++i) sums[i] = 0;
-    Tile tile;
-    for (int64_t first = visible.begin; first < visible.end; first += kTileKeys) {
-      find(s, first, least(kTileKeys, visible.end - first), tile);
+    Tile tiles[2];
+    find(s, visible.begin, least(kTileKeys, visible.end - visible.begin), tiles[0]);
+    for (int64_t first = visible.begin, i = 0; first < visible.end; first += kTileKeys, ++i) {
+      const Tile& tile = tiles[i % 2];
+      Tile& next = tiles[(i + 1) % 2];
+      find_next(s, first + kTileKeys, visible.end, next);
       with_dtype(a_.k.dtype, [&]<DType kType>() {
         S::template transpose<kType>(tile.keys, tile.count, a_.k.columns, at(places_.k));
       });
-      for (int64_t i = 0; i < panels.number; ++i) {
-        const int64_t begin = panels.begin(i);
-        with_count<S::kScoreRows>(panels.size(i), [&]<int kRows>() {
+      const Ahead ahead{next.keys, next.count, key_bytes_};
+      for (int64_t j = 0; j < panels.number; ++j) {
+        const int64_t begin = panels.begin(j);
+        with_count<S::kScoreRows>(panels.size(j), [&]<int kRows>() {
           scores<S, kRows>(at(places_.q) + begin * a_.k.columns, at(places_.k), a_.k.columns,
-                           at(places_.p) + begin * kTileKeys);
+                           at(places_.p) + begin * kTileKeys, ahead.slice(j, j + 1, panels.number));
         });
       }
       soften(visible, tile);
-      add_values(visible, tile);
+      add_values(visible, tile, {next.values, next.count, value_bytes_});
     }
     for (int64_t i = 0; i < visible.count; ++i)
       for (int64_t g = 0; g < a_.group; ++g) {
@@ -205,12 +246,32 @@ class Work {
 
   void find(int64_t s, int64_t first, int64_t count, Tile& tile) const {
     const Segment& segment = a_.plan.segments[s];
+    const int64_t size = a_.plan.header.page_size;
     tile.first = first;
     tile.count = count;
-    for (int64_t i = 0; i < count; ++i) {
-      tile.keys[i] = key_of(a_, a_.k, task_.head, segment, first + i);
-      tile.values[i] = key_of(a_, a_.v, task_.head, segment, first + i);
+    const int64_t place = segment.first + first;
+    const int64_t* page = a_.plan.pages + segment.page + place / size;
+    int64_t slot = place % size;
+    for (int64_t i = 0; i < count; ++page, slot = 0) {
+      const int64_t end = least(count, i + size - slot);
+      const char* key = slot_of(a_.k, task_.head, *page, slot);
+      const char* value = slot_of(a_.v, task_.head, *page, slot);
+      for (; i < end; ++i, key += key_bytes_, value += value_bytes_) {
+        tile.keys[i] = key;
+        tile.values[i] = value;
+      }
     }
+  }
+
+  // The tile after: of this segment, or the first keys of the next one, which are likely the next
+  // to be read.
+  void find_next(int64_t s, int64_t first, int64_t end, Tile& tile) const {
+    if (first < end) return find(s, first, least(kTileKeys, end - first), tile);
+    tile.count = 0;
+    if (s + 1 == a_.plan.header.segments) return;
+    const Segment& next = a_.plan.segments[s + 1];
+    const int64_t count = least(next.n, task_.token_end - next.token);
+    if (count > 0) find(s + 1, 0, least(kTileKeys, count), tile);
   }
 
   // Scores become weights 2^(z - m); what a query does not see has none.
@@ -256,7 +317,7 @@ class Work {
     return found;
   }
 
-  void add_values(const Visible& visible, const Tile& tile) {
+  void add_values(const Visible& visible, const Tile& tile, const Ahead& ahead) {
     const float* found[kTileKeys];
     const float* const* v = values(tile, found);
     const Panels panels(visible.count * a_.group, S::kValueRows);
@@ -277,14 +338,14 @@ class Work {
       }
       end = most(begin, end);
       with_count<S::kValueRows>(size, [&]<int kRows>() {
-        weigh_columns<S, kRows>(p + first * kTileKeys, v, begin, end, columns_, acc,
-                                alphas + first);
+        weigh_columns<S, kRows>(p + first * kTileKeys, v, begin, end, columns_, acc, alphas + first,
+                                ahead.slice(i, i + 1, panels.number));
       });
       constexpr float kKeep = 1;
       for (int64_t r = 0; r < size; ++r) {
         const float* weights = p + (first + r) * kTileKeys;
         const auto rest = [&](int64_t from, int64_t to) {
-          if (from < to) weigh_columns<S, 1>(weights, v, from, to, columns_, acc + r, &kKeep);
+          if (from < to) weigh_columns<S, 1>(weights, v, from, to, columns_, acc + r, &kKeep, {});
         };
         rest(begins[r], least(begin, ends[r]));
         rest(most(end, begins[r]), ends[r]);
@@ -294,7 +355,7 @@ class Work {
 
   const Attend& a_;
   const Task& task_;
-  const int64_t queries_, columns_;
+  const int64_t queries_, columns_, key_bytes_, value_bytes_;
   const Workspace places_;
 };
 
