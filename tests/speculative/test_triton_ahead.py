@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from typing import Any
 
@@ -17,13 +14,9 @@ if sys.platform != "linux":
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
-    """In a process of its own: here kernels are interpreted."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.speculative.triton_ahead"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: list[dict[str, Any]] = json.loads(done.stdout)
-    return found
+    from tests import triton_ahead
+
+    return triton_ahead.run("tests.speculative.triton_ahead")
 
 
 def test_all_kernels_compile(compiled: list[dict[str, Any]]) -> None:
