@@ -27,6 +27,7 @@ from torch import Tensor
 from triton import knobs
 
 from .attention_attend import attend_kernel, reduce_kernel
+from .attention_plan import UNSPLIT
 from .attention_write import append_kernel, rewrite_kernel
 
 WIDEST = 576
@@ -108,15 +109,21 @@ class Shape:
         turned = parts * self.turned_bytes(tiles or self.tiles)
         return turned + (parts * self.state_bytes() if parts > 1 else 0)
 
+    def wanted_bytes(self, tokens: int, processors: int) -> int:
+        """Scratch for a plan with so many keys: more than this is not used."""
+        return self.scratch_bytes(self.most_parts(processors) if tokens >= UNSPLIT.value else 1)
+
 
 def _device(t: Tensor) -> torch.cuda.device | nullcontext[None]:
     return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
 
 
 @functools.cache
-def processors_of(index: int) -> int:
+def processors_of(device: torch.device) -> int:
     """Multiprocessors of a GPU."""
-    return torch.cuda.get_device_properties(index).multi_processor_count
+    if device.type != "cuda":  # interpreted
+        return 8
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _product_dtype(q: Tensor, k: Tensor) -> tl.dtype:
@@ -174,7 +181,7 @@ def attend(
     blocks = 0 if mass is None else mass.shape[-1]
     shape = Shape(rows, q_heads, kv_heads, d, dv, q.element_size(), blocks)
     tiles = tiles or shape.tiles
-    parts = parts or shape.most_parts(processors_of(q.device.index))
+    parts = parts or shape.most_parts(processors_of(q.device))
     size = scratch.numel()
     if size < shape.scratch_bytes(1, tiles):
         raise ValueError(

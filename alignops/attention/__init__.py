@@ -1,5 +1,6 @@
 """Attention of several workers over shared cache blocks, each with its own order of them."""
 
+from alignops.attention import _triton as _triton
 from alignops.attention.errors import BlockBusy as BlockBusy
 from alignops.attention.errors import LayoutError as LayoutError
 from alignops.attention.errors import PoolExhausted as PoolExhausted

@@ -296,7 +296,7 @@ def _check_plan(plan: Tensor, op: str) -> None:
 
 
 @torch.library.register_fake("alignops::attention_concurrent_")
-def _(
+def check_attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -313,6 +313,7 @@ def _(
     mass: Tensor | None,
     scratch: Tensor,
 ) -> None:
+    """Raise unless shapes, dtypes and layouts are those that the operator takes."""
     op = "attention_concurrent_"
     _check_packed(q, op, "q")
     _check_caches(k, v, op)
@@ -368,7 +369,7 @@ def _(plan: Tensor, q_heads: int, kv_heads: int, v_head_dim: int, mass: bool) ->
 
 
 @torch.library.register_fake("alignops::attention_append_")
-def _(
+def check_append(
     k_new: Tensor,
     v_new: Tensor,
     plan: Tensor,
@@ -378,6 +379,7 @@ def _(
     k: Tensor,
     v: Tensor,
 ) -> None:
+    """Raise unless shapes, dtypes and layouts are those that the operator takes."""
     op = "attention_append_"
     _check_packed(k_new, op, "k_new")
     _check_packed(v_new, op, "v_new")
@@ -405,7 +407,7 @@ def _(
 
 
 @torch.library.register_fake("alignops::attention_rewrite_")
-def _(
+def check_rewrite(
     k: list[Tensor],
     v: list[Tensor],
     runs: Tensor,
@@ -414,6 +416,7 @@ def _(
     rotary_offset: list[int],
     interleaved: list[bool],
 ) -> None:
+    """Raise unless shapes, dtypes and layouts are those that the operator takes."""
     op = "attention_rewrite_"
     layers = len(k)
     check(len(v) == layers, f"{op}: v must have {layers} tensors (as k), got {len(v)}")
