@@ -8,4 +8,8 @@ from alignops.attention.errors import PositionError as PositionError
 from alignops.attention.errors import StalePlan as StalePlan
 from alignops.attention.errors import StepError as StepError
 from alignops.attention.errors import UnsupportedModel as UnsupportedModel
+from alignops.attention.plan import Plan as Plan
+from alignops.attention.pool import KVPool as KVPool
 from alignops.attention.rope import RopeSpec as RopeSpec
+from alignops.attention.workspace import Block as Block
+from alignops.attention.workspace import Workspace as Workspace

@@ -12,10 +12,10 @@ namespace {
 // Adding and subtracting it rounds to an integer, whose low bits are then those of the sum.
 constexpr double kRound = 0x1.8p52;
 constexpr double kTwoOverPi = 0x1.45f306dc9c883p-1;
-// pi/2: two parts of 33 bits, whose products with k < 2^20 are exact, and the rest.
-constexpr double kHigh = 0x1.921fb544p+0;
-constexpr double kMiddle = 0x1.0b4611a6p-34;
-constexpr double kLow = 0x1.3198a2e037073p-69;
+// pi/2: two parts of 26 bits, whose products with k < 2^27 are exact, and the rest.
+constexpr double kHigh = 0x1.921fb50000000p+0;
+constexpr double kMiddle = 0x1.110b460000000p-26;
+constexpr double kLow = 0x1.1a62633145c07p-54;
 
 }  // namespace
 

@@ -2,6 +2,7 @@
 // with torch.
 #include <pybind11/pybind11.h>
 
+#include "attention/bind.h"
 #include "attention/kernels.h"
 #include "common/isa.h"
 #include "spans/bind.h"
@@ -60,6 +61,7 @@ PYBIND11_MODULE(_C, m) {
         "Name of a kernel family that disagreed with the scalar code and was replaced by a slower "
         "one, or None.");
   m.def("build_info", &build_info, "Compiler, build type and torch version of the build.");
+  alignops::attention::bind_attention_workspace(m);
   alignops::spans::bind_spans_store(m);
   alignops::spans::bind_spans_index(m);
   alignops::spans::bind_spans_matcher(m);
