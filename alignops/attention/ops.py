@@ -223,7 +223,8 @@ def _batched(x: Tensor, plan: Plan, longest: int, fill: float) -> Tensor:
         flat = x.new_full((workers * longest, *x.shape[1:]), fill)
         flat[_places(plan, longest, x.device)] = x
         x = flat
-    return x.unflatten(0, (workers, longest)).transpose(1, 2)
+    batch: Tensor = x.unflatten(0, (workers, longest))
+    return batch.transpose(1, 2)
 
 
 def _places(plan: Plan, longest: int, device: torch.device) -> Tensor:
