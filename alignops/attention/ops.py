@@ -283,7 +283,7 @@ def _check_packed(t: Tensor, op: str, argument: str) -> None:
     check_float_dtype(t.dtype, op, argument)
     check(t.dim() == 3, f"{op}: {argument} must have 3 dimensions, got shape {tuple(t.shape)}")
     check(
-        t.shape[2] <= 1 or t.stride(2) == 1,
+        t.shape[2] <= 1 or t.stride(2) == 1 or t.shape[0] == 0,
         f"{op}: {argument} must have stride 1 in the last dimension, got strides {t.stride()}",
     )
 

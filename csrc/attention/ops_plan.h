@@ -58,7 +58,7 @@ inline Packed as_packed(const Tensor& t, const char* op, const char* argument) {
   const DType dtype = float_dtype(t.scalar_type(), op, argument);
   ALIGNOPS_CHECK(t.dim() == 3, op, ": ", argument, " must have 3 dimensions, got shape ",
                  shape_string(t.sizes()));
-  ALIGNOPS_CHECK(t.size(2) <= 1 || t.stride(2) == 1, op, ": ", argument,
+  ALIGNOPS_CHECK(t.size(2) <= 1 || t.stride(2) == 1 || t.size(0) == 0, op, ": ", argument,
                  " must have stride 1 in the last dimension, got strides ",
                  shape_string(t.strides()));
   return {static_cast<char*>(const_cast<void*>(t.const_data_ptr())), dtype, t.stride(0),
