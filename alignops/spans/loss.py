@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alignops._files import replacing
 from alignops.losses import dpo_loss, widen
 from alignops.spans._progress import Callback, Reporter
 from alignops.spans.arrays import Floats, Ints, as_ragged
@@ -281,13 +281,5 @@ def _load(path: Path, key: dict[str, Any]) -> Any:
 
 
 def _save(path: Path, key: dict[str, Any], weights: Any) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, key=np.array(json.dumps(key)), weights=weights)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        np.savez(file, key=np.array(json.dumps(key)), weights=weights)

@@ -5,13 +5,12 @@ Nothing of tensors, indexes or tokenizers is left in it. `alignops.spans.trace` 
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignops._files import replacing
 from alignops.spans import _html, _terminal
 
 if TYPE_CHECKING:
@@ -115,17 +114,9 @@ class TraceReport:
 
     def save(self, path: str | Path) -> None:
         """Write the page, whole or not at all; an existing file is replaced."""
-        path = Path(path)
         text = self.html()
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with replacing(path) as file:
+            file.write(text.encode())
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[RenderableType]:
         return _terminal.render(self)

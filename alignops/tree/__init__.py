@@ -5,6 +5,14 @@ from alignops.tree.errors import InvalidPriorError as InvalidPriorError
 from alignops.tree.errors import InvalidValueError as InvalidValueError
 from alignops.tree.errors import NodeIndexError as NodeIndexError
 from alignops.tree.errors import StateError as StateError
+from alignops.tree.errors import TreeFormatError as TreeFormatError
+from alignops.tree.export import draw as draw
+from alignops.tree.export import nodes as nodes
+from alignops.tree.export import to_dot as to_dot
+from alignops.tree.export import to_json as to_json
+from alignops.tree.export import to_networkx as to_networkx
+from alignops.tree.files import load as load
+from alignops.tree.files import save as save
 from alignops.tree.policies import PUCT as PUCT
 from alignops.tree.policies import UCT as UCT
 from alignops.tree.policies import Backup as Backup

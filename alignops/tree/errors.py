@@ -6,6 +6,7 @@ __all__ = [
     "InvalidValueError",
     "NodeIndexError",
     "StateError",
+    "TreeFormatError",
 ]
 
 
@@ -27,3 +28,7 @@ class InvalidPriorError(ValueError):
 
 class NodeIndexError(IndexError):
     """A tree or node id is out of range."""
+
+
+class TreeFormatError(ValueError):
+    """A file or state is not what a store wrote: foreign, cut off, damaged, newer; names where."""

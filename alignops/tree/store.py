@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,7 +12,11 @@ from torch import Tensor
 
 from alignops import _native
 from alignops._checks import check
+from alignops.tree.errors import TreeFormatError
 from alignops.tree.policies import PUCT, Backup, Mean, Policy
+
+if TYPE_CHECKING:
+    from alignops._C import TreeMark
 
 
 class Leaves(NamedTuple):
@@ -125,6 +131,14 @@ class TreeStore:
             trees, capacity, lanes, {**self.policy.options(), **self.backup_rule.options()}, seed
         )
         self._size = trees
+        self.arguments: dict[str, Any] = {
+            "trees": trees,
+            "policy": self.policy,
+            "backup": self.backup_rule,
+            "capacity": capacity,
+            "edge_capacity": lanes,
+            "seed": seed,
+        }
 
     def __len__(self) -> int:
         return self._size
@@ -305,6 +319,105 @@ class TreeStore:
     def trees(self) -> Trees:
         """Roots, sizes and bounds."""
         return Trees(*map(torch.from_numpy, self._native.trees()))
+
+    def reroot(self, edges: Tensor, trees: Tensor | None = None) -> None:
+        """Make the child behind an edge of each root the new root; all statistics stay.
+
+        A child that was not made yet becomes a root without any. What is not below the new root is
+        dead, but takes room until `compact`.
+
+        Args:
+            edges: (M,) slots.
+            trees: (M,) ids, distinct; default all.
+
+        Raises:
+            ValueError: `edges` has another length than `trees`.
+            NodeIndexError: there is no such tree or edge, or the edge was pruned.
+            StateError: selections are in flight.
+            CapacityError: no room for a new root.
+        """
+        op = "TreeStore.reroot"
+        which = torch.arange(self._size) if trees is None else trees
+        self._native.reroot(
+            _array(which, torch.int32, op, "trees"), _array(edges, torch.int64, op, "edges")
+        )
+
+    def compact(self) -> Tensor:
+        """Free the room of dead nodes: what is below a root moves to the front, breadth first.
+
+        Returns:
+            (B, nodes of the largest tree before) int32: the new id of each node, or -1.
+
+        Raises:
+            StateError: selections are in flight.
+        """
+        return torch.from_numpy(self._native.compact())
+
+    def prune(
+        self,
+        *,
+        keep_top_k: int | None = None,
+        by: str = "n",
+        min_visits: float = 0.0,
+        value_below: float = -math.inf,
+    ) -> int:
+        """Cut children off; the edges keep their statistics, so values above do not change.
+
+        Args:
+            keep_top_k: of the children of a node only so many stay.
+            by: what orders them: "n" (visits) or "value".
+            min_visits: children with fewer visits are cut.
+            value_below: children with a value below this are cut.
+
+        Returns:
+            How many edges were cut. The nodes below are dead until `compact`.
+
+        Raises:
+            ValueError: `keep_top_k` is negative, or `by` unknown.
+            StateError: selections are in flight.
+        """
+        check(by in ("n", "value"), f"TreeStore.prune: by must be 'n' or 'value', got {by!r}")
+        check(
+            keep_top_k is None or keep_top_k >= 0,
+            f"TreeStore.prune: keep_top_k must be at least 0, got {keep_top_k}",
+        )
+        most = (1 << 40) if keep_top_k is None else keep_top_k
+        return self._native.prune(most, by == "value", min_visits, value_below)
+
+    def mark(self) -> TreeMark:
+        """A copy of all trees, to go back to; costs as many bytes as they hold."""
+        return self._native.mark()
+
+    def restore(self, mark: TreeMark) -> None:
+        """Go back to a mark; tickets given out since are void, those open then are open.
+
+        Raises:
+            ValueError: the mark is of a store with another number of trees.
+        """
+        self._native.restore(mark)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every field of all trees as a one-dimensional tensor, for files and copies."""
+        return {name: torch.from_numpy(x) for name, x in self._native.columns().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Become what `state_dict` told; a search goes on as it would have there.
+
+        Raises:
+            TreeFormatError: a column is missing, or holds what no store can have written. The store
+                must not be used any more then.
+        """
+        missing = self._native.columns().keys() - state.keys()
+        if missing:
+            raise TreeFormatError(f"column {min(missing)} is missing")
+        self._native.load({name: column.numpy() for name, column in state.items()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"arguments": self.arguments, "state": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state["arguments"])  # type: ignore[misc]
+        self.load_state_dict(state["state"])
 
     def validate(self) -> None:
         """Check every link and count.

@@ -12,6 +12,7 @@
 #include "../common/check.h"
 #include "../common/torch_parallel.h"
 #include "bind.h"
+#include "columns.h"
 #include "search.h"
 #include "store.h"
 
@@ -45,6 +46,8 @@ void translate(std::exception_ptr pointer) {
     raise_python("InvalidValueError", error);
   } catch (const InvalidPriorError& error) {
     raise_python("InvalidPriorError", error);
+  } catch (const FormatError& error) {
+    raise_python("TreeFormatError", error);
   } catch (const NodeIndexError& error) {
     raise_python("NodeIndexError", error);
   }
@@ -194,6 +197,75 @@ class Trees : public std::enable_shared_from_this<Trees> {
     run([&] { search_.reward(view(tree), view(node), view(rewards)); });
   }
 
+  void reroot(const Ints& tree, const Longs& slot) {
+    ALIGNOPS_CHECK(tree.size() == slot.size(), "TreeStore.reroot: edges must have ", tree.size(),
+                   " elements, as trees has, got ", slot.size());
+    run([&] {
+      for (py::ssize_t i = 0; i < tree.size(); ++i)
+        store_.check_node("TreeStore.reroot", tree.data()[i], 0);
+      for (py::ssize_t i = 0; i < tree.size(); ++i) store_.reroot(tree.data()[i], slot.data()[i]);
+    });
+  }
+
+  // New ids: (trees, nodes of the largest tree before).
+  Ints compact() {
+    int64_t most = 0;
+    for (int64_t t = 0; t < store_.size(); ++t)
+      most = std::max<int64_t>(most, store_.tree(t).nodes);
+    Ints moved({store_.size(), most});
+    int32_t* rows = moved.mutable_data();
+    run([&] {
+      std::fill_n(rows, store_.size() * most, kNowhere);
+      for (int64_t t = 0; t < store_.size(); ++t)
+        if (!store_.tree(t).open.empty()) store_.compact(t, {});
+      parallel_(0, store_.size(), 8, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t)
+          store_.compact(t, {rows + t * most, static_cast<size_t>(store_.tree(t).nodes)});
+      });
+    });
+    return moved;
+  }
+
+  int64_t prune(int64_t top, bool by_value, float visits, float value) {
+    int64_t cut = 0;
+    run([&] {
+      for (int64_t t = 0; t < store_.size(); ++t)
+        cut += store_.prune(t, {top, by_value, visits, value});
+    });
+    return cut;
+  }
+
+  std::shared_ptr<Snapshot> mark() {
+    std::shared_ptr<Snapshot> out;
+    run([&] { out = std::make_shared<Snapshot>(store_.mark()); });
+    return out;
+  }
+
+  void restore(const std::shared_ptr<Snapshot>& snapshot) {
+    run([&] { store_.restore(*snapshot); });
+  }
+
+  py::dict columns() {
+    Columns all;
+    run([&] { all = store_.columns(); });
+    py::dict out;
+    Columns::each(all, [&](const char* name, const auto& column) {
+      using T = typename std::decay_t<decltype(column)>::value_type;
+      out[name] = py::array_t<T>(static_cast<py::ssize_t>(column.size()), column.data());
+    });
+    return out;
+  }
+
+  void load(const py::dict& columns) {
+    Columns all;
+    Columns::each(all, [&](const char* name, auto& column) {
+      using T = typename std::decay_t<decltype(column)>::value_type;
+      const auto array = columns[name].cast<py::array_t<T, py::array::c_style>>();
+      column.assign(array.data(), array.data() + array.size());
+    });
+    run([&] { store_.load(all); });
+  }
+
   void validate() {
     run([&] { store_.validate(); });
   }
@@ -330,6 +402,7 @@ class Trees : public std::enable_shared_from_this<Trees> {
 
 void bind_tree(py::module_& m) {
   py::register_exception_translator(&translate);
+  py::class_<Snapshot, std::shared_ptr<Snapshot>>(m, "TreeMark", "What a TreeStore was.");
   py::class_<Trees, std::shared_ptr<Trees>>(
       m, "TreeStore", "Search trees and one search over them; not for two threads at once.")
       .def(py::init<int64_t, int64_t, int64_t, const py::dict&, uint64_t>(), py::arg("trees"),
@@ -343,6 +416,14 @@ void bind_tree(py::module_& m) {
       .def("cancel", &Trees::cancel, py::arg("tickets"))
       .def("end", &Trees::end, py::arg("tree"), py::arg("node"))
       .def("set_rewards", &Trees::set_rewards, py::arg("tree"), py::arg("node"), py::arg("rewards"))
+      .def("reroot", &Trees::reroot, py::arg("trees"), py::arg("edges"))
+      .def("compact", &Trees::compact)
+      .def("prune", &Trees::prune, py::arg("top"), py::arg("by_value"), py::arg("visits"),
+           py::arg("value"))
+      .def("mark", &Trees::mark)
+      .def("restore", &Trees::restore, py::arg("mark"))
+      .def("columns", &Trees::columns)
+      .def("load", &Trees::load, py::arg("columns"))
       .def("validate", &Trees::validate)
       .def("column", &Trees::field, py::arg("name"))
       .def("edges", &Trees::edges, py::arg("tree"), py::arg("node"))

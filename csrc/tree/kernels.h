@@ -11,7 +11,7 @@
 
 namespace alignops::tree {
 
-// Over the lanes that hold a child or may get one.
+// Over all lanes but padded ones: pruned edges keep their statistics.
 struct Summary {
   float q_min, q_max;  // of lanes with a value; +inf, -inf without
   float q_sum;

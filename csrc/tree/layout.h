@@ -31,10 +31,8 @@ enum Flag : uint16_t {
   kExpanded = 1,
   kTerminal = 2,
   kPending = 4,  // selected for the first time, nothing backed up yet
-  kSolved = 16,
   kTruncated = 32,
-  kDead = 64,  // expanded without an edge that could be chosen
-  kNoised = 128,
+  kDead = 64,           // expanded without an edge that could be chosen
   kFromChildren = 512,  // soft: the value is that of the children
 };
 

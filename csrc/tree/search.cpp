@@ -164,7 +164,8 @@ void Search::refresh(int64_t t, const Node& node) {
 Leaf Search::leaf_at(int64_t t, int32_t id, int64_t ticket) const {
   const Node& leaf = store_.nodes(t)[id];
   const bool end = (leaf.flags & (kTerminal | kDead | kTruncated)) != 0;
-  return {static_cast<int32_t>(t), id,    leaf.parent, leaf.parent_slot, leaf.depth, false,
+  const int32_t parent = id == store_.tree(t).root ? kNowhere : leaf.parent;
+  return {static_cast<int32_t>(t), id,    parent, leaf.parent_slot, leaf.depth, false,
           end && leaf.fn > 0,      ticket};
 }
 

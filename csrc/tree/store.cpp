@@ -156,7 +156,7 @@ void Store::validate_tree(int64_t t) const {
   };
   std::vector<int32_t> waiting(static_cast<size_t>(tree.nodes));
   for (const Ticket& ticket : tree.open) ++waiting[static_cast<size_t>(ticket.node)];
-  for (int32_t id = tree.nodes - 1; id >= 0; --id) {
+  for (const int32_t id : below_root(t)) {
     const Node& node = all[id];
     int32_t pending = waiting[static_cast<size_t>(id)];
     int64_t backups = 0;
@@ -165,8 +165,7 @@ void Store::validate_tree(int64_t t) const {
       if (node.n_edges > e.cap) fail(id, "more edges than lanes");
       for (int64_t i = 0; i < e.cap; ++i) {
         const int32_t child = e.child[i];
-        if ((i >= node.n_edges) != (child == kPadding))
-          fail(id, "padding is not where it should be");
+        if ((i >= node.n_edges) != (child == kPadding)) fail(id, "padding stands between edges");
         if (child < 0) continue;
         if (child >= tree.nodes || all[child].parent != id || all[child].parent_slot != i)
           fail(id, "a child does not know its parent");
@@ -177,8 +176,7 @@ void Store::validate_tree(int64_t t) const {
     }
     if (node.pending != pending) fail(id, "selections in flight do not add up");
     if (node.fn < backups) fail(id, "fewer backups than the children have");
-    if (node.parent == kNowhere ? id != tree.root : node.parent >= id)
-      fail(id, "an older node must be the parent");
+    if (node.parent >= id) fail(id, "is older than its parent");
   }
 }
 

@@ -27,6 +27,10 @@ struct InvalidValueError : std::invalid_argument {
 struct InvalidPriorError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
+// Columns that no store can have written; the text names one.
+struct FormatError : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
 // An id outside of its tree; nothing was changed.
 struct NodeIndexError : std::out_of_range {
   using std::out_of_range::out_of_range;
@@ -54,6 +58,28 @@ struct Tree {
   uint32_t tickets = 0;  // given out
   std::vector<Ticket> open;
   std::vector<uint32_t> free[28];  // blocks by size class
+};
+
+// What a store was at some time.
+struct Snapshot {
+  struct Copy {
+    Tree tree;
+    std::vector<Node> nodes;
+    std::vector<float> lanes;
+    std::vector<int32_t> actions;
+  };
+  std::vector<Copy> trees;
+};
+
+struct Columns;
+
+// Which children stay: those that are among the `top` of their siblings, by visits or by value,
+// have at least so many visits, and a value of at least so much.
+struct Keep {
+  int64_t top;
+  bool by_value;
+  float visits;
+  float value;
 };
 
 class Store {
@@ -98,6 +124,25 @@ class Store {
   // A block of empty lanes for a node without edges; the caller has asked for room.
   void add_edges(int64_t t, int32_t node, int64_t edges);
 
+  // The child behind an edge of the root becomes the root; statistics stay. What is not below it is
+  // dead until `compact`. Throws NodeIndexError, StateError if a selection is in flight.
+  void reroot(int64_t t, int64_t slot);
+  // Moves what is below the root to the front, breadth first. `moved[id]` is the new id of a node,
+  // or -1. Throws StateError if a selection is in flight.
+  void compact(int64_t t, std::span<int32_t> moved);
+  // Cuts the edges into children that `keep` refuses; they keep their statistics. The nodes below
+  // are dead. Throws StateError if a selection is in flight.
+  int64_t prune(int64_t t, const Keep& keep);
+  // Nodes that are not below the root.
+  int64_t dead(int64_t t) const;
+
+  Snapshot mark() const;
+  // Throws std::invalid_argument if the mark is of another number of trees.
+  void restore(const Snapshot& snapshot);
+  Columns columns() const;
+  // Replaces everything; a store that throws FormatError is to be thrown away.
+  void load(const Columns& columns);
+
   // Bytes of records and lanes in use.
   int64_t bytes() const;
 
@@ -106,6 +151,8 @@ class Store {
   void validate() const;
 
  private:
+  void check_idle(int64_t t, const char* op) const;
+  std::vector<int32_t> below_root(int64_t t) const;
   uint32_t take_block(Tree& tree, int32_t size_class);
   void validate_tree(int64_t t) const;
 

@@ -64,7 +64,7 @@ struct Selection {
     F sum(0.0f), seen(0.0f), visits(0.0f), most(0.0f), weight(0.0f);
     for (int64_t i = 0; i < e.cap; i += 8) {
       const F q = F::load(e.q + i);
-      const auto closed = F::below(e.child + i, kNotMade);
+      const auto closed = F::below(e.child + i, kPruned);
       const auto blank = is_nan(q) | closed;
       low = min(low, choose(blank, F(__builtin_inff()), q));
       high = max(high, choose(blank, F(-__builtin_inff()), q));
