@@ -36,7 +36,7 @@ def use_isa(name: str) -> Iterator[None]:
     laid out again for the new level when they are next used.
 
     Args:
-        name: "scalar", "avx2" or "avx512"; see `available_isas`.
+        name: "scalar", "avx2", "avx512" or "avx512bf16"; see `available_isas`.
 
     Raises:
         ValueError: the name is unknown or this machine lacks the level; the message lists the

@@ -31,6 +31,7 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_L
   # 105593).
   list(APPEND ALIGNOPS_AVX512_FLAGS -Wno-uninitialized -Wno-maybe-uninitialized)
 endif()
+set(ALIGNOPS_AVX512BF16_FLAGS ${ALIGNOPS_AVX512_FLAGS} -mavx512bf16)
 
 set(ALIGNOPS_WARNINGS -Wall -Wextra -Wpedantic -Wshadow -Wconversion)
 if(ALIGNOPS_WERROR)
@@ -65,6 +66,9 @@ function(alignops_add_core name)
       set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${ALIGNOPS_AVX2_FLAGS}")
     elseif(source MATCHES "/cpu/avx512_")
       set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${ALIGNOPS_AVX512_FLAGS}")
+    elseif(source MATCHES "/cpu/avx512bf16_")
+      set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS
+                                                       "${ALIGNOPS_AVX512BF16_FLAGS}")
     endif()
   endforeach()
 

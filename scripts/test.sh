@@ -50,6 +50,8 @@ tidy() { # sources without torch and Python
 lower_levels() {
   local isa
   for isa in $(python -c "from alignops import testing; print(*testing.available_isas()[:-1])"); do
+    # Only attention has kernels for more than AVX-512; the stage before ran all others on it.
+    if [ "$isa" = avx512 ]; then continue; fi
     ALIGNOPS_CPU_ISA=$isa python -m pytest -q tests/ternary tests/spans/test_{index,matcher,ops,shield}.py \
       tests/speculative/test_{verify,trees,generate}.py tests/test_opcheck.py tests/test_threads.py \
       -m "not slow"

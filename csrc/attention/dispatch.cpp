@@ -10,6 +10,7 @@ LevelTables<Kernels> make_tables() noexcept {
 #if defined(__x86_64__)
   tables.add(Isa::kAvx2, kAttentionAvx2);
   tables.add(Isa::kAvx512, kAttentionAvx512);
+  tables.add(Isa::kAvx512Bf16, kAttentionAvx512Bf16);
 #endif
   return tables;
 }

@@ -148,7 +148,7 @@ struct Kernels {
   void (*rewrite)(const Rewrite&, int64_t run_begin, int64_t run_end);
 };
 
-extern const Kernels kAttentionScalar, kAttentionAvx2, kAttentionAvx512;
+extern const Kernels kAttentionScalar, kAttentionAvx2, kAttentionAvx512, kAttentionAvx512Bf16;
 
 // Table of the active ISA. Every variant is compared with the scalar one once, on first use; one
 // that disagrees is replaced by the next lower level and reported by `self_test_failure()`.

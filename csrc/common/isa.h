@@ -4,14 +4,14 @@
 
 namespace alignops {
 
-enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
-inline constexpr int kNumIsas = 3;
+enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+inline constexpr int kNumIsas = 4;
 
-// "scalar", "avx2" or "avx512".
+// "scalar", "avx2", "avx512" or "avx512bf16".
 const char* isa_name(Isa isa) noexcept;
 
-// avx2 means AVX2 + FMA + F16C + BMI2; avx512 adds F, BW, DQ, VL, VNNI and VBMI. The operating
-// system must have enabled the registers.
+// avx2 means AVX2 + FMA + F16C + BMI2; avx512 adds F, BW, DQ, VL, VNNI and VBMI;
+// avx512bf16 adds BF16. The operating system must have enabled the registers.
 bool isa_supported(Isa isa) noexcept;
 
 // The best level of this machine until `set_isa` chooses another. `set_isa` throws

@@ -5,7 +5,8 @@
 
 namespace alignops {
 
-// A table that disagrees with the scalar one, or that this CPU lacks, gives way to the level below.
+// A table that disagrees with the scalar one, or that this CPU lacks, gives way to the level below,
+// as does a level without a table of its own.
 template <class Kernels>
 class LevelTables {
  public:
@@ -18,14 +19,12 @@ class LevelTables {
 
   // Levels are added in rising order.
   void add(Isa isa, const Kernels& candidate) {
-    const int level = static_cast<int>(isa);
-    levels_[level] = levels_[level - 1];
     if (!isa_supported(isa)) return;
-    if (agrees_(candidate)) {
-      levels_[level] = &candidate;
-    } else {
+    if (!agrees_(candidate)) {
       failure_ = name_;
+      return;
     }
+    for (int level = static_cast<int>(isa); level < kNumIsas; ++level) levels_[level] = &candidate;
   }
 
   const Kernels& active() const { return *levels_[static_cast<int>(active_isa())]; }

@@ -22,11 +22,10 @@ struct Tables {
 
   void add(Isa isa, const Kernels& candidate) noexcept {
     const int level = static_cast<int>(isa);
-    levels[level] = levels[level - 1];
     if (!isa_supported(isa)) return;
     const auto choose = [&](auto member, const char* family) {
       if (agrees_with_scalar(*(candidate.*member))) {
-        levels[level].*member = candidate.*member;
+        for (int l = level; l < kNumIsas; ++l) levels[l].*member = candidate.*member;
       } else if (failure == nullptr) {
         failure = family;
       }

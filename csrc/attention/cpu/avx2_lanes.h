@@ -12,6 +12,7 @@ namespace alignops::attention {
 namespace {
 
 struct Avx2Lanes {
+  static constexpr bool kHasPairs = false;  // products of pairs of bfloat16
   static constexpr int64_t kLanes = 8;
   // Queries of a panel: their scores of a tile, or four vectors of their columns, fill 12
   // registers.

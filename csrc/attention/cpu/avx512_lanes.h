@@ -12,6 +12,7 @@ namespace alignops::attention {
 namespace {
 
 struct Avx512Lanes {
+  static constexpr bool kHasPairs = false;  // products of pairs of bfloat16
   static constexpr int64_t kLanes = 16;
   // Queries of a panel: their scores of a tile, or four vectors of their columns, fill 24
   // registers.

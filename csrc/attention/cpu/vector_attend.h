@@ -48,6 +48,17 @@ struct Panels {
   int64_t size(int64_t i) const { return base + (i < longer ? 1 : 0); }
 };
 
+// c + a b, elements of pairs multiplied one by one.
+template <class S, bool kPairs>
+[[gnu::always_inline]] inline typename S::F product(typename S::F a, typename S::F b,
+                                                    typename S::F c) {
+  if constexpr (kPairs) {
+    return S::pair_product(a, b, c);
+  } else {
+    return S::multiply_add(a, b, c);
+  }
+}
+
 // Rows that are needed soon, to be fetched a few at a time while something is computed: bursts
 // would wait for each other, and computing for them.
 struct Ahead {
@@ -74,8 +85,9 @@ struct Ahead {
   }
 };
 
-// p[r][key] for kRows queries, q[d][r] and k[d][key].
-template <class S, int kRows>
+// p[r][key] for kRows queries, q[d][r] and k[d][key]; with kPairs, elements are pairs of bfloat16
+// and `depth` counts pairs.
+template <class S, bool kPairs, int kRows>
 void scores(const float* __restrict q, const float* __restrict k, int64_t depth,
             float* __restrict p, const Ahead& ahead) {
   constexpr int kVectors = kTileKeys / S::kLanes;
@@ -93,7 +105,7 @@ void scores(const float* __restrict q, const float* __restrict k, int64_t depth,
       for (int r = 0; r < kRows; ++r) {
         const typename S::F query = S::floats(q[d * kRows + r]);
 #pragma GCC unroll 4
-        for (int i = 0; i < kVectors; ++i) sum[r][i] = S::multiply_add(query, key[i], sum[r][i]);
+        for (int i = 0; i < kVectors; ++i) sum[r][i] = product<S, kPairs>(query, key[i], sum[r][i]);
       }
     }
   });
@@ -104,8 +116,8 @@ void scores(const float* __restrict q, const float* __restrict k, int64_t depth,
 }
 
 // acc[r] = alpha[r] acc[r] + sum of p[r][key] v[key] over the keys [begin, end), for kVectors
-// vectors of columns.
-template <class S, int kRows, int kVectors>
+// vectors of columns; with kPairs over pairs of keys.
+template <class S, bool kPairs, int kRows, int kVectors>
 void weigh(const float* __restrict p, const float* const* v, int64_t begin, int64_t end,
            int64_t column, float* const* acc, const float* alpha, const Ahead& ahead) {
   typename S::F sum[kRows][kVectors];
@@ -123,7 +135,8 @@ void weigh(const float* __restrict p, const float* const* v, int64_t begin, int6
       for (int r = 0; r < kRows; ++r) {
         const typename S::F weight = S::floats(p[r * kTileKeys + key]);
 #pragma GCC unroll 4
-        for (int i = 0; i < kVectors; ++i) sum[r][i] = S::multiply_add(weight, value[i], sum[r][i]);
+        for (int i = 0; i < kVectors; ++i)
+          sum[r][i] = product<S, kPairs>(weight, value[i], sum[r][i]);
       }
     }
   });
@@ -133,7 +146,7 @@ void weigh(const float* __restrict p, const float* const* v, int64_t begin, int6
     for (int i = 0; i < kVectors; ++i) S::store(acc[r] + column + i * S::kLanes, sum[r][i]);
 }
 
-template <class S, int kRows>
+template <class S, bool kPairs, int kRows>
 void weigh_columns(const float* p, const float* const* v, int64_t begin, int64_t end,
                    int64_t columns, float* const* acc, const float* alpha, const Ahead& ahead) {
   const int64_t vectors = columns / S::kLanes;
@@ -141,8 +154,8 @@ void weigh_columns(const float* p, const float* const* v, int64_t begin, int64_t
     const int64_t left = vectors - i, step = left >= 4 ? 4 : left >= 2 ? 2 : 1;
     with_count<4>(step, [&]<int kVectors>() {
       if constexpr (kVectors != 3)
-        weigh<S, kRows, kVectors>(p, v, begin, end, i * S::kLanes, acc, alpha,
-                                  ahead.slice(i, i + step, vectors));
+        weigh<S, kPairs, kRows, kVectors>(p, v, begin, end, i * S::kLanes, acc, alpha,
+                                          ahead.slice(i, i + step, vectors));
     });
     i += step;
   }
@@ -186,10 +199,27 @@ class Work {
     return (row.row - task_.row_begin) * a_.group + g;
   }
 
+  // Whether products of a segment are those of bfloat16: the query is rounded to it, which a sum
+  // over few keys would show.
+  bool in_pairs(const Visible& visible) const {
+    constexpr int64_t kLeastKeys = 2 * kTileKeys;
+    return S::kHasPairs && a_.q.dtype == DType::kBFloat16 && a_.k.dtype == DType::kBFloat16 &&
+           a_.k.columns % 2 == 0 && visible.end - visible.begin >= kLeastKeys;
+  }
+
   void segment(int64_t s, const Visible& visible) {
+    if constexpr (S::kHasPairs) {
+      if (in_pairs(visible)) return segment_of<true>(s, visible);
+    }
+    segment_of<false>(s, visible);
+  }
+
+  template <bool kPairs>
+  void segment_of(int64_t s, const Visible& visible) {
     const int64_t count = visible.count * a_.group;
+    const int64_t depth = kPairs ? a_.k.columns / 2 : a_.k.columns;
     const Panels panels(count, S::kScoreRows);
-    pack_queries(s, visible, panels);
+    pack_queries<kPairs>(s, visible, panels);
     float* sums = at(places_.sums);
     for (int64_t i = 0; i < count * S::kLanes; ++i) sums[i] = 0;
     Tile tiles[2];
@@ -198,19 +228,28 @@ class Work {
       const Tile& tile = tiles[i % 2];
       Tile& next = tiles[(i + 1) % 2];
       find_next(s, first + kTileKeys, visible.end, next);
-      with_dtype(a_.k.dtype, [&]<DType kType>() {
-        S::template transpose<kType>(tile.keys, tile.count, a_.k.columns, at(places_.k));
+      // A pair is moved like a float.
+      with_dtype(kPairs ? DType::kFloat32 : a_.k.dtype, [&]<DType kType>() {
+        S::template transpose<kType>(tile.keys, tile.count, depth, at(places_.k));
       });
       const Ahead ahead{next.keys, next.count, key_bytes_};
       for (int64_t j = 0; j < panels.number; ++j) {
         const int64_t begin = panels.begin(j);
         with_count<S::kScoreRows>(panels.size(j), [&]<int kRows>() {
-          scores<S, kRows>(at(places_.q) + begin * a_.k.columns, at(places_.k), a_.k.columns,
-                           at(places_.p) + begin * kTileKeys, ahead.slice(j, j + 1, panels.number));
+          scores<S, kPairs, kRows>(at(places_.q) + begin * depth, at(places_.k), depth,
+                                   at(places_.p) + begin * kTileKeys,
+                                   ahead.slice(j, j + 1, panels.number));
         });
       }
-      soften(visible, tile);
-      add_values(visible, tile, {next.values, next.count, value_bytes_});
+      const bool whole = soften(visible, tile);
+      const Ahead values_ahead{next.values, next.count, value_bytes_};
+      if constexpr (kPairs) {
+        if (whole) {
+          add_value_pairs(visible, tile, values_ahead);
+          continue;
+        }
+      }
+      add_values(visible, tile, whole, values_ahead);
     }
     for (int64_t i = 0; i < visible.count; ++i)
       for (int64_t g = 0; g < a_.group; ++g) {
@@ -222,6 +261,7 @@ class Work {
   }
 
   // q[d][r] of each panel.
+  template <bool kPairs>
   void pack_queries(int64_t s, const Visible& visible, const Panels& panels) {
     float* cos = at(places_.turn);
     float* sin = cos + a_.rotary.pairs;
@@ -234,8 +274,14 @@ class Work {
         S::widen(row_of(a_.q, row.row, task_.head * a_.group + g), a_.q.dtype, a_.k.columns, head);
         if (a_.rotary.pairs > 0) rotate(a_.rotary, cos, sin, head);
         const int64_t size = panels.size(panel);
-        float* out = at(places_.q) + panels.begin(panel) * a_.k.columns + in_panel;
-        for (int64_t d = 0; d < a_.k.columns; ++d) out[d * size] = head[d] * row.factor;
+        int64_t depth = a_.k.columns;
+        for (int64_t d = 0; d < depth; ++d) head[d] *= row.factor;
+        if constexpr (kPairs) {
+          S::narrow(head, DType::kBFloat16, depth, head);
+          depth /= 2;
+        }
+        float* out = at(places_.q) + panels.begin(panel) * depth + in_panel;
+        for (int64_t d = 0; d < depth; ++d) out[d * size] = head[d];
         if (++in_panel == size) {
           ++panel;
           in_panel = 0;
@@ -274,15 +320,18 @@ class Work {
     if (count > 0) find(s + 1, 0, least(kTileKeys, count), tile);
   }
 
-  // Scores become weights 2^(z - m); what a query does not see has none.
-  void soften(const Visible& visible, const Tile& tile) {
+  // Scores become weights 2^(z - m); what a query does not see has none. Returns whether all see
+  // all.
+  bool soften(const Visible& visible, const Tile& tile) {
     float* p = at(places_.p);
     float* sums = at(places_.sums);
     float* alphas = at(places_.alphas);
+    bool whole = true;
     for (int64_t i = 0; i < visible.count; ++i) {
       const VisibleRow& row = visible.rows[i];
       const int64_t begin = most(0, row.begin - tile.first);
       const int64_t end = least(tile.count, row.end - tile.first);
+      whole = whole && begin == 0 && end == tile.count;
       for (int64_t g = 0; g < a_.group; ++g) {
         const int64_t c = i * a_.group + g, m = number(row, g);
         if (a_.softcap > 0) cap<S>(p + c * kTileKeys, a_.softcap * kLog2e);
@@ -300,6 +349,7 @@ class Work {
         exponentials<S>(p + c * kTileKeys, base, alpha, sums + c * S::kLanes);
       }
     }
+    return whole;
   }
 
   const float* const* values(const Tile& tile, const float** found) const {
@@ -317,40 +367,70 @@ class Work {
     return found;
   }
 
-  void add_values(const Visible& visible, const Tile& tile, const Ahead& ahead) {
-    const float* found[kTileKeys];
-    const float* const* v = values(tile, found);
+  // f.operator()<kRows>(first, acc) for panels of queries and their accumulators.
+  template <class F>
+  void each_panel(const Visible& visible, const F& f) const {
     const Panels panels(visible.count * a_.group, S::kValueRows);
-    const float* p = at(places_.p);
-    const float* alphas = at(places_.alphas);
     for (int64_t i = 0; i < panels.number; ++i) {
       const int64_t first = panels.begin(i), size = panels.size(i);
       float* acc[S::kValueRows];
-      int64_t begins[S::kValueRows], ends[S::kValueRows];
+      for (int64_t r = 0; r < size; ++r)
+        acc[r] = task_.state.acc +
+                 number(visible.rows[(first + r) / a_.group], (first + r) % a_.group) * columns_;
+      with_count<S::kValueRows>(
+          size, [&]<int kRows>() { f.template operator()<kRows>(first, acc, i, panels.number); });
+    }
+  }
+
+  void add_values(const Visible& visible, const Tile& tile, bool whole, const Ahead& ahead) const {
+    const float* found[kTileKeys];
+    const float* const* v = values(tile, found);
+    const float* p = at(places_.p);
+    const float* alphas = at(places_.alphas);
+    each_panel(visible, [&]<int kRows>(int64_t first, float* const* acc, int64_t i, int64_t parts) {
+      const float* weights = p + first * kTileKeys;
+      int64_t begins[kRows], ends[kRows];
       int64_t begin = 0, end = tile.count;
-      for (int64_t r = 0; r < size; ++r) {
+      for (int64_t r = 0; r < kRows && !whole; ++r) {
         const VisibleRow& row = visible.rows[(first + r) / a_.group];
-        acc[r] = task_.state.acc + number(row, (first + r) % a_.group) * columns_;
         begins[r] = most(0, row.begin - tile.first);
         ends[r] = least(tile.count, row.end - tile.first);
         begin = most(begin, begins[r]);
         end = least(end, ends[r]);
       }
       end = most(begin, end);
-      with_count<S::kValueRows>(size, [&]<int kRows>() {
-        weigh_columns<S, kRows>(p + first * kTileKeys, v, begin, end, columns_, acc, alphas + first,
-                                ahead.slice(i, i + 1, panels.number));
-      });
+      weigh_columns<S, false, kRows>(weights, v, begin, end, columns_, acc, alphas + first,
+                                     ahead.slice(i, i + 1, parts));
       constexpr float kKeep = 1;
-      for (int64_t r = 0; r < size; ++r) {
-        const float* weights = p + (first + r) * kTileKeys;
+      for (int64_t r = 0; r < kRows && !whole; ++r) {
         const auto rest = [&](int64_t from, int64_t to) {
-          if (from < to) weigh_columns<S, 1>(weights, v, from, to, columns_, acc + r, &kKeep, {});
+          if (from < to)
+            weigh_columns<S, false, 1>(weights + r * kTileKeys, v, from, to, columns_, acc + r,
+                                       &kKeep, {});
         };
         rest(begins[r], least(begin, ends[r]));
         rest(most(end, begins[r]), ends[r]);
       }
+    });
+  }
+
+  // The same with weights and values in pairs of keys, where all queries see all keys.
+  void add_value_pairs(const Visible& visible, const Tile& tile, const Ahead& ahead) const {
+    const int64_t pairs = (tile.count + 1) / 2;
+    const float* v[kTileKeys / 2];
+    for (int64_t i = 0; i < pairs; ++i) {
+      float* out = at(places_.v) + i * columns_;
+      S::pair_rows(tile.values[2 * i], 2 * i + 1 < tile.count ? tile.values[2 * i + 1] : nullptr,
+                   a_.v.columns, columns_, out);
+      v[i] = out;
     }
+    float* p = at(places_.p);
+    for (int64_t c = 0; c < visible.count * a_.group; ++c) S::pair_weights(p + c * kTileKeys);
+    const float* alphas = at(places_.alphas);
+    each_panel(visible, [&]<int kRows>(int64_t first, float* const* acc, int64_t i, int64_t parts) {
+      weigh_columns<S, true, kRows>(p + first * kTileKeys, v, 0, pairs, columns_, acc,
+                                    alphas + first, ahead.slice(i, i + 1, parts));
+    });
   }
 
   const Attend& a_;
