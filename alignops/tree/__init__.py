@@ -1,5 +1,8 @@
 """Search trees of language models: batched selection, expansion and backup."""
 
+from alignops.tree.diffusion import DtsResult as DtsResult
+from alignops.tree.diffusion import dts_sample as dts_sample
+from alignops.tree.errors import CallbackError as CallbackError
 from alignops.tree.errors import CapacityError as CapacityError
 from alignops.tree.errors import InvalidPriorError as InvalidPriorError
 from alignops.tree.errors import InvalidValueError as InvalidValueError
@@ -13,6 +16,12 @@ from alignops.tree.export import to_json as to_json
 from alignops.tree.export import to_networkx as to_networkx
 from alignops.tree.files import load as load
 from alignops.tree.files import save as save
+from alignops.tree.loop import Actions as Actions
+from alignops.tree.loop import Budget as Budget
+from alignops.tree.loop import Context as Context
+from alignops.tree.loop import Searcher as Searcher
+from alignops.tree.loop import SearchResult as SearchResult
+from alignops.tree.loop import search as search
 from alignops.tree.policies import PUCT as PUCT
 from alignops.tree.policies import UCT as UCT
 from alignops.tree.policies import Backup as Backup
@@ -34,5 +43,6 @@ from alignops.tree.policies import rain_paper as rain_paper
 from alignops.tree.policies import wu_uct as wu_uct
 from alignops.tree.store import Edges as Edges
 from alignops.tree.store import Leaves as Leaves
+from alignops.tree.store import Paths as Paths
 from alignops.tree.store import Trees as Trees
 from alignops.tree.store import TreeStore as TreeStore

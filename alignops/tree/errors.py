@@ -1,6 +1,10 @@
 """What goes wrong with a search tree, where the caller must be able to tell cases apart."""
 
+from collections.abc import Iterable
+from typing import Any
+
 __all__ = [
+    "CallbackError",
     "CapacityError",
     "InvalidPriorError",
     "InvalidValueError",
@@ -8,6 +12,18 @@ __all__ = [
     "StateError",
     "TreeFormatError",
 ]
+
+
+class CallbackError(RuntimeError):
+    """A callback of a search raised or answered wrongly; the trees are as before the iteration.
+
+    Attributes:
+        nodes: ids of the nodes it was asked about.
+    """
+
+    def __init__(self, text: str, nodes: Iterable[Any]) -> None:
+        super().__init__(text)
+        self.nodes = tuple(int(node) for node in nodes)
 
 
 class CapacityError(RuntimeError):

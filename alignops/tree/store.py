@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from alignops import _native
@@ -59,6 +60,20 @@ class Edges(NamedTuple):
     child: Tensor
 
 
+class Paths(NamedTuple):
+    """Path i is elements ptr[i] to ptr[i + 1].
+
+    Attributes:
+        ptr: (M + 1,) int64.
+        node: (E,) int32, from the first node below the root to the node asked for.
+        action: (E,) int32, of the edges into these nodes.
+    """
+
+    ptr: Tensor
+    node: Tensor
+    action: Tensor
+
+
 class Trees(NamedTuple):
     """One number per tree, shape (B,).
 
@@ -88,6 +103,12 @@ def _array(value: Any, dtype: torch.dtype, op: str, argument: str) -> np.ndarray
             f"{op}: {argument} must be integers, got {tensor.dtype}",
         )
     return tensor.detach().to(dtype).contiguous().reshape(-1).numpy()
+
+
+def _signed(array: NDArray[Any]) -> Tensor:
+    """A copy, in a dtype that torch has."""
+    signed = {np.dtype(np.uint16): np.int32, np.dtype(np.uint32): np.int64}
+    return torch.from_numpy(array.astype(signed.get(array.dtype, array.dtype)))
 
 
 class TreeStore:
@@ -304,9 +325,63 @@ class TreeStore:
             ValueError: there is no such column.
         """
         used = int(self.trees().nodes.max()) if self._size else 0
-        array = self._native.column(name)[:, :used]
-        signed = {np.dtype(np.uint16): np.int32, np.dtype(np.uint32): np.int64}
-        return torch.from_numpy(array.astype(signed.get(array.dtype, array.dtype)))
+        return _signed(self._native.column(name)[:, :used])
+
+    def gather(self, name: str, tree: Tensor, node: Tensor) -> Tensor:
+        """A field of some nodes, (M,): see `column`.
+
+        Raises:
+            ValueError: there is no such column.
+            IndexError: there is no such node.
+        """
+        op = "TreeStore.gather"
+        rows = _array(tree, torch.int32, op, "tree"), _array(node, torch.int32, op, "node")
+        return _signed(self._native.column(name)[rows])
+
+    def paths(self, tree: Tensor, node: Tensor) -> Paths:
+        """What lies between the roots and some nodes, (M,) each.
+
+        Raises:
+            NodeIndexError: there is no such node, or it is not below the root.
+        """
+        op = "TreeStore.paths"
+        found = self._native.paths(
+            _array(tree, torch.int32, op, "tree"), _array(node, torch.int32, op, "node")
+        )
+        return Paths(*map(torch.from_numpy, found))
+
+    def set_payloads(self, tree: Tensor, node: Tensor, payloads: Tensor) -> None:
+        """Numbers of the caller's that nodes carry (column `payload`), int32, (M,) each.
+
+        Raises:
+            NodeIndexError: there is no such node.
+        """
+        op = "TreeStore.set_payloads"
+        self._native.set_payloads(
+            _array(tree, torch.int32, op, "tree"),
+            _array(node, torch.int32, op, "node"),
+            _array(payloads, torch.int32, op, "payloads"),
+        )
+
+    def sample(self, tree: int, n: int, *, rate: float = 1.0, seed: int = 0) -> Tensor:
+        """Ends of independent descents through edges that have values; no model is called.
+
+        Args:
+            tree: which one.
+            n: how many.
+            rate: an edge is drawn with probability proportional to prior * exp(rate * Q); inf
+                takes the largest Q.
+            seed: of the draws.
+
+        Returns:
+            (n,) int32 node ids.
+
+        Raises:
+            ValueError: `n` or `rate` is negative.
+            NodeIndexError: there is no such tree.
+        """
+        check(rate >= 0, f"TreeStore.sample: rate must be at least 0, got {rate}")
+        return torch.from_numpy(self._native.descents(tree, n, rate, seed))
 
     def edges(self, tree: int, node: int) -> Edges:
         """The edges of a node.

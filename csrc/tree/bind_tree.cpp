@@ -302,6 +302,61 @@ class Trees : public std::enable_shared_from_this<Trees> {
     throw std::invalid_argument(message("TreeStore.column: no column is named '", name, "'"));
   }
 
+  // What lies between roots and nodes: ptr [M + 1] into (nodes, actions of the edges into them).
+  py::tuple paths(const Ints& tree, const Ints& node) {
+    const char* op = "TreeStore.paths";
+    ALIGNOPS_CHECK(tree.size() == node.size(), op, ": node must have ", tree.size(),
+                   " elements, as tree has, got ", node.size());
+    const Turn turn(busy_);
+    Longs ptr(tree.size() + 1);
+    int64_t* begin = ptr.mutable_data();
+    begin[0] = 0;
+    for (py::ssize_t i = 0; i < tree.size(); ++i) {
+      at(tree.data()[i], node.data()[i], op);
+      const int64_t steps = store_.steps_to(tree.data()[i], node.data()[i]);
+      if (steps < 0)
+        throw NodeIndexError(message(op, ": node ", node.data()[i], " of tree ", tree.data()[i],
+                                     " is not below the root"));
+      begin[i + 1] = begin[i] + steps;
+    }
+    Ints nodes(begin[tree.size()]), actions(begin[tree.size()]);
+    for (py::ssize_t i = 0; i < tree.size(); ++i) {
+      const int64_t t = tree.data()[i];
+      int32_t id = node.data()[i];
+      for (int64_t j = begin[i + 1] - 1; j >= begin[i]; --j) {
+        const Node& below = store_.nodes(t)[id];
+        put(nodes, j, id);
+        put(actions, j, store_.actions(t, store_.nodes(t)[below.parent])[below.parent_slot]);
+        id = below.parent;
+      }
+      if (id != store_.tree(t).root)
+        throw NodeIndexError(
+            message(op, ": node ", node.data()[i], " of tree ", t, " is not below the root"));
+    }
+    return py::make_tuple(ptr, nodes, actions);
+  }
+
+  void set_payloads(const Ints& tree, const Ints& node, const Ints& payload) {
+    ALIGNOPS_CHECK(tree.size() == node.size() && tree.size() == payload.size(),
+                   "TreeStore.set_payloads: node and payloads must have ", tree.size(),
+                   " elements, as tree has, got ", node.size(), " and ", payload.size());
+    const Turn turn(busy_);
+    for (py::ssize_t i = 0; i < tree.size(); ++i)
+      at(tree.data()[i], node.data()[i], "TreeStore.set_payloads");
+    for (py::ssize_t i = 0; i < tree.size(); ++i)
+      store_.nodes(tree.data()[i])[node.data()[i]].payload = payload.data()[i];
+  }
+
+  Ints descents(int64_t t, int64_t count, double rate, uint64_t seed) {
+    const char* op = "TreeStore.sample";
+    ALIGNOPS_CHECK(count >= 0, op, ": n must be at least 0, got ", count);
+    store_.check_node(op, t, 0);
+    Ints out(count);
+    int32_t* ids = out.mutable_data();
+    run([&] { search_.descents(t, rate, seed, {ids, static_cast<size_t>(count)}); });
+    return out;
+  }
+
   // (action, prior, q, visits, child) of the edges of a node: copies.
   py::tuple edges(int64_t t, int64_t id) {
     const Turn turn(busy_);
@@ -427,6 +482,11 @@ void bind_tree(py::module_& m) {
       .def("validate", &Trees::validate)
       .def("column", &Trees::field, py::arg("name"))
       .def("edges", &Trees::edges, py::arg("tree"), py::arg("node"))
+      .def("paths", &Trees::paths, py::arg("tree"), py::arg("node"))
+      .def("set_payloads", &Trees::set_payloads, py::arg("tree"), py::arg("node"),
+           py::arg("payloads"))
+      .def("descents", &Trees::descents, py::arg("tree"), py::arg("count"), py::arg("rate"),
+           py::arg("seed"))
       .def("trees", &Trees::trees)
       .def("bytes", &Trees::bytes);
 }

@@ -15,8 +15,6 @@ namespace {
 constexpr int64_t kGroup = 16;  // trees that descend in turns
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-enum class Purpose : uint32_t { kDraw = 0 };
-
 float finite_or(float x, float otherwise) { return std::isfinite(x) ? x : otherwise; }
 
 // Between what PUCT puts Q.

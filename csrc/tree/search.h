@@ -73,8 +73,10 @@ class Search {
   void reward(std::span<const int32_t> tree, std::span<const int32_t> node,
               std::span<const float> rewards);
 
-  const Policy& policy() const { return policy_; }
-  const Backup& backup_rule() const { return backup_; }
+  // Ends of `out.size()` independent descents of one tree, which change nothing and ask nothing: by
+  // draws with probability proportional to prior * exp(rate * q) where `rate` is finite, else to
+  // the largest q. Only edges with a value are followed; a node without any is an end.
+  void descents(int64_t t, double rate, uint64_t seed, std::span<int32_t> out) const;
 
  private:
   struct Cursor;

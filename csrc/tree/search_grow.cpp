@@ -1,8 +1,11 @@
 // Search: selections that go on, and trees that widen.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "common/check.h"
+#include "common/philox.h"
+#include "tree/kernels.h"
 #include "tree/search.h"
 #include "tree/search_rows.h"
 
@@ -121,6 +124,38 @@ void Search::grow(std::span<const int64_t> tickets, std::span<const int32_t> act
   rows.each(parallel, [&](int64_t t, size_t row) {
     out[row] = grow_one(t, tickets[row], actions[row], merge);
   });
+}
+
+void Search::descents(int64_t t, double rate, uint64_t seed, std::span<int32_t> out) const {
+  const Kernels& table = kernels();
+  // Lanes without a value must not be drawn: their priors are hidden.
+  std::vector<float> priors;
+  for (size_t i = 0; i < out.size(); ++i) {
+    int32_t id = store_.tree(t).root;
+    while (true) {
+      const Node& node = store_.nodes(t)[id];
+      if (node.edge_base == kNoEdges) break;
+      Edges e = store_.edges(t, node);
+      const float best = table.summarize(e).q_max;
+      if (best == -std::numeric_limits<float>::infinity()) break;
+      int32_t slot = -1;
+      if (std::isfinite(rate)) {
+        priors.assign(e.prior, e.prior + e.cap);
+        for (int64_t j = 0; j < e.cap; ++j)
+          if (std::isnan(e.q[j])) priors[static_cast<size_t>(j)] = 0;
+        e.prior = priors.data();
+        const uint32_t word = philox(seed, static_cast<uint32_t>(i), static_cast<uint32_t>(i >> 32),
+                                     node.depth, static_cast<uint32_t>(Purpose::kDescent))
+                                  .word[0];
+        slot = table.draw(e, {static_cast<float>(rate), best, 0.0f, word});
+      } else {
+        slot = table.greedy(e, -std::numeric_limits<float>::infinity());
+      }
+      if (slot < 0 || e.child[slot] < 0) break;
+      id = e.child[slot];
+    }
+    out[i] = id;
+  }
 }
 
 }  // namespace alignops::tree

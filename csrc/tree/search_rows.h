@@ -11,6 +11,9 @@ namespace alignops::tree {
 // A range of trees that is worth a thread.
 inline constexpr int64_t kGrain = 32;
 
+// What a random word is for: the last counter of the generator.
+enum class Purpose : uint32_t { kDraw = 0, kDescent = 1 };
+
 // Where a selection stands on its way down.
 struct Search::Cursor {
   int64_t tree;

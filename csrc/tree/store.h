@@ -111,6 +111,11 @@ class Store {
   // Throws NodeIndexError unless there is such a node.
   void check_node(const char* op, int64_t t, int64_t node) const;
 
+  // Edges from the root to a node.
+  int64_t steps_to(int64_t t, int32_t node) const {
+    return nodes(t)[node].depth - nodes(t)[tree(t).root].depth;
+  }
+
   // Whether so many new nodes fit.
   bool has_room(int64_t t, int64_t nodes) const { return tree(t).nodes + nodes <= limits_.nodes; }
   // A child behind an edge that has none yet; the caller has asked for room.
