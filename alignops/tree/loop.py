@@ -233,10 +233,8 @@ class Searcher:
         actions = self._call("propose", self._propose, context)
         values = actions.values
         if values is None:
-            check(
-                self._evaluate is not None,
-                "search: evaluate must be given, since propose returns no values",
-            )
+            if self._evaluate is None:
+                raise ValueError("search: evaluate must be given, since propose returns no values")
             values = self._call("evaluate", self._evaluate, context)
         values = self._checked(values, (len(context),), "values", context)
         if bool(values.isnan().any()):
