@@ -1,6 +1,9 @@
 """Attention of several workers over shared cache blocks, each with its own order of them."""
 
 from alignops.attention import _triton as _triton
+from alignops.attention.adapter import ConcurrentModel as ConcurrentModel
+from alignops.attention.adapter import Forward as Forward
+from alignops.attention.asynchronous import run_async as run_async
 from alignops.attention.errors import BlockBusy as BlockBusy
 from alignops.attention.errors import LayoutError as LayoutError
 from alignops.attention.errors import PoolExhausted as PoolExhausted
@@ -8,8 +11,21 @@ from alignops.attention.errors import PositionError as PositionError
 from alignops.attention.errors import StalePlan as StalePlan
 from alignops.attention.errors import StepError as StepError
 from alignops.attention.errors import UnsupportedModel as UnsupportedModel
+from alignops.attention.generate import HogwildResult as HogwildResult
+from alignops.attention.generate import hogwild_generate as hogwild_generate
+from alignops.attention.layouts import Cells as Cells
+from alignops.attention.layouts import Layout as Layout
+from alignops.attention.ops import append_kv as append_kv
+from alignops.attention.ops import concurrent_attention as concurrent_attention
+from alignops.attention.ops import rewrite_kv as rewrite_kv
 from alignops.attention.plan import Plan as Plan
 from alignops.attention.pool import KVPool as KVPool
+from alignops.attention.prompts import Finisher as Finisher
+from alignops.attention.prompts import Texts as Texts
 from alignops.attention.rope import RopeSpec as RopeSpec
+from alignops.attention.session import HogwildSession as HogwildSession
+from alignops.attention.steps import StepRule as StepRule
+from alignops.attention.workers import Piece as Piece
+from alignops.attention.workers import Step as Step
 from alignops.attention.workspace import Block as Block
 from alignops.attention.workspace import Workspace as Workspace
