@@ -5,23 +5,28 @@ from pathlib import Path
 import pytest
 
 from tests import mutation
-from tests.mutation.__main__ import main
-from tests.speculative.mutants import MUTANTS
+from tests.attention import mutants as attention
+from tests.mutation.__main__ import CORES, main
+from tests.speculative import mutants as speculative
+
+MUTANTS = {"speculative": speculative.MUTANTS, "attention": attention.MUTANTS}
 
 
-def test_every_fault_can_be_planted() -> None:
-    for mutant in MUTANTS:
+@pytest.mark.parametrize("core", CORES)
+def test_every_fault_can_be_planted(core: str) -> None:
+    for mutant in MUTANTS[core]:
         text = (mutation.ROOT / mutant.path).read_text()
         assert text.count(mutant.old) == 1, mutant.name
         assert mutant.new != mutant.old
-    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
+    assert len({mutant.name for mutant in MUTANTS[core]}) == len(MUTANTS[core])
 
 
 @pytest.mark.slow
-def test_the_fast_ones_are_caught(tmp_path: Path) -> None:
+@pytest.mark.parametrize("core", CORES)
+def test_the_fast_ones_are_caught(core: str, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    assert main(["--fast", "--out", str(page)]) == 0
-    count = sum(mutant.fast for mutant in MUTANTS)
+    assert main(["--core", core, "--fast", "--out", str(page)]) == 0
+    count = sum(mutant.fast for mutant in MUTANTS[core])
     assert f"{count} of {count} were caught" in page.read_text()
 
 

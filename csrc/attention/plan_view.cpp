@@ -70,7 +70,7 @@ class Checker {
               " (those of the pool), got ", view.pages[i], " at ", i);
     const int64_t turns = cells + h_.longest + h_.rows;
     for (int64_t i = 0; i < h_.types; ++i) {
-      number(view.ropes[i].pairs, 0, h_.words, "pairs of a rope type");
+      number(view.ropes[i].pairs, 0, kMaxNumber, "pairs of a rope type");
       require(turns == 0 || view.ropes[i].pairs <= h_.words / turns, "have room for ", turns,
               " rotations of ", view.ropes[i].pairs, " pairs, got ", h_.words, " words");
       table<int64_t>(view.ropes[i].table, turns * view.ropes[i].pairs, "rotations");

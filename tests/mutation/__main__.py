@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.mutation import Mutant, markdown, run
 
-CORES = ("speculative",)
+CORES = ("speculative", "attention")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
