@@ -8,12 +8,14 @@ of arguments and in which objects they take as caches and masks.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from alignops._checks import check
@@ -21,6 +23,8 @@ from alignops.speculative.adapter import LAYOUTS
 from alignops.speculative.caches import RaggedCache
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+# Rows of a matrix product are a multiple of this in stable mode.
+_ROWS = 16
 
 
 class HFAdapter:
@@ -124,10 +128,39 @@ class HFAdapter:
             arguments["position_ids"] = positions
         if self._keep is not None:
             arguments[self._keep] = last
-        logits: Tensor = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, **arguments
-        ).logits
+        with _PaddedRows() if cache.fixed else contextlib.nullcontext():
+            logits: Tensor = self.model(
+                input_ids=input_ids, attention_mask=attention_mask, **arguments
+            ).logits
         return logits[:, -last:]
+
+
+class _PaddedRows(TorchFunctionMode):
+    """Linear layers compute a multiple of 16 rows, of which the last ones are padding.
+
+    Libraries of matrix products divide rows among threads, and have other kernels, which sum in
+    another order, for what is left over: of 6 rows on two threads MKL computes 4 with one kernel
+    and 2 with another. Where no thread gets a remainder, one kernel computes all rows.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        options = kwargs or {}
+        if func is torch.nn.functional.linear:
+            x, *others = args
+            return _padded(x, lambda rows: func(rows, *others, **options))
+        if func is torch.addmm:
+            bias, x, *others = args
+            return _padded(x, lambda rows: func(bias, rows, *others, **options))
+        return func(*args, **options)
+
+
+def _padded(x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % _ROWS))
+    out = product(padded)[: len(rows)]
+    return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 class CacheView:
