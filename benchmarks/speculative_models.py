@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 BATCHES = (1, 2, 4, 8, 16)
 DRAFTS = tuple(range(8))
 BATCH = 8  # of the bars
+POOL = 32
+COLUMNS = (1, 2, 4, 6, 8)
 PROMPT_TOKENS = (64, 256)
 NEW_TOKENS = 96
 SHORT_TOKENS = (4, 24)  # where tokens are compared, not timed
@@ -74,31 +76,31 @@ def generate(model: Any, prompts: Sequence[Tensor], **options: Any) -> SpecOutpu
     return found  # type: ignore[no-any-return]
 
 
-def _library(model: Any, prompts: Sequence[Tensor]) -> Callable[[], int]:
-    """Plain batched decoding by transformers, prompts padded in front."""
-    width = max(p.numel() for p in prompts)
-    ids = torch.stack([torch.nn.functional.pad(p, (width - p.numel(), 0)) for p in prompts])
-    mask = torch.stack(
-        [torch.nn.functional.pad(torch.ones_like(p), (width - p.numel(), 0)) for p in prompts]
-    )
+def _library(model: Any, prompts: Sequence[Tensor], batch: int) -> Callable[[], int]:
+    """Plain batched decoding by transformers, prompts padded in front, so many at a time."""
 
     def run() -> int:
-        model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
-            do_sample=False,
-        )
+        for begin in range(0, len(prompts), batch):
+            some = prompts[begin : begin + batch]
+            pads = [max(p.numel() for p in some) - p.numel() for p in some]
+            rows = zip(some, pads, strict=True)
+            ids = torch.stack([torch.nn.functional.pad(p, (pad, 0)) for p, pad in rows])
+            model.generate(
+                ids,
+                attention_mask=torch.arange(ids.shape[1]) >= torch.tensor(pads)[:, None],
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                do_sample=False,
+            )
         return NEW_TOKENS * len(prompts)
 
     return run
 
 
-def _ours(model: Any, prompts: Sequence[Tensor], k: int | str) -> Callable[[], int]:
+def _ours(model: Any, prompts: Sequence[Tensor], batch: int, k: int | str) -> Callable[[], int]:
     def run() -> int:
         draft = None if k == 0 else PromptLookup(3)
-        generate(model, prompts, draft=draft, num_draft_tokens=k, batch_size=len(prompts))
+        generate(model, prompts, draft=draft, num_draft_tokens=k, batch_size=batch)
         return NEW_TOKENS * len(prompts)
 
     return run
@@ -126,32 +128,83 @@ def curve(report: SpeculativeReport) -> Iterator[str]:
         case = f"SmolLM2-135M on code, B={batch}, {threads} threads"
         yield case
         prompts = code_prompts(tokenizer, batch)
-        runs = {"transformers generate": _library(model, prompts)}
-        runs |= {
-            f"alignops K={k}": _ours(model, prompts, k)
-            for k in ((0, 3, 5) if report.quick else DRAFTS)
-        }
-        runs["alignops K=auto"] = _ours(model, prompts, "auto")
+        drafts = (0, 3, 5) if report.quick else DRAFTS
         rounds = 2 if batch == BATCH and not report.quick else 1
-        seconds = _alternate(runs, rounds)
+        _compare(report, case, model, prompts, batch, drafts, rounds)
+
+
+def pool(report: SpeculativeReport) -> Iterator[str]:
+    """The same for a pool of prompts, whose rows are refilled, in bfloat16."""
+    from alignops.demo.ternary import with_dtype
+
+    model, tokenizer = load()
+    threads = report.threads[-1]
+    torch.set_num_threads(threads)
+    prompts = code_prompts(tokenizer, 2 * BATCH if report.quick else POOL)
+    case = f"SmolLM2-135M in bfloat16, {len(prompts)} code prompts, B={BATCH}, {threads} threads"
+    yield case
+    _compare(report, case, with_dtype(model, torch.bfloat16), prompts, BATCH, (0, 3, 5), 1)
+
+
+def _compare(
+    report: SpeculativeReport,
+    case: str,
+    model: Any,
+    prompts: Sequence[Tensor],
+    batch: int,
+    drafts: Sequence[int],
+    rounds: int,
+) -> None:
+    runs = {"transformers generate": _library(model, prompts, batch)}
+    for k in (*drafts, "auto"):
+        runs[f"alignops K={k}"] = _ours(model, prompts, batch, k)
+    seconds = _alternate(runs, rounds)
+    report.add(case, seconds, report.threads[-1])
+    plain = min(seconds["transformers generate"], seconds["alignops K=0"])
+    best = min((s, name) for name, s in seconds.items() if name[-1].isdigit())
+    report.bar(
+        "prompt lookup against plain batched decoding",
+        case,
+        plain / best[0],
+        1.2 if batch == BATCH else None,
+        "x",
+        f"best: {best[1]}; against the faster of transformers and alignops K=0",
+    )
+    report.bar(
+        "automatic K against plain batched decoding",
+        case,
+        plain / seconds["alignops K=auto"],
+        0.97,
+        "x",
+    )
+
+
+def forwards(report: SpeculativeReport) -> Iterator[str]:
+    """What more columns cost a forward of 8 rows, without a cache."""
+    from alignops.demo.ternary import with_dtype
+
+    model, tokenizer = load()
+    threads = report.threads[-1]
+    torch.set_num_threads(threads)
+    ids = torch.stack([p[: max(COLUMNS)] for p in code_prompts(tokenizer, BATCH)])
+    for dtype in (torch.float32, torch.bfloat16):
+        small = with_dtype(model, dtype)
+        name = str(dtype).removeprefix("torch.")
+        case = f"SmolLM2-135M in {name}, forward of {BATCH} rows, {threads} threads"
+        yield case
+
+        def runner(columns: int, model: Any = small) -> Callable[[], int]:
+            def run() -> int:
+                model(ids[:, :columns], use_cache=False)
+                return 1
+
+            return run
+
+        seconds = _alternate({f"Q={q}": runner(q) for q in COLUMNS}, 2 * ROUNDS)
         report.add(case, seconds, threads)
-        plain = min(seconds["transformers generate"], seconds["alignops K=0"])
-        best = min((s, name) for name, s in seconds.items() if name[-1].isdigit())
-        report.bar(
-            "prompt lookup against plain batched decoding",
-            case,
-            plain / best[0],
-            1.2 if batch == BATCH else None,
-            "x",
-            f"best: {best[1]}; against the faster of transformers and alignops K=0",
-        )
-        report.bar(
-            "automatic K against plain batched decoding",
-            case,
-            plain / seconds["alignops K=auto"],
-            0.97,
-            "x",
-        )
+        for q in COLUMNS[1:]:
+            ratio = seconds[f"Q={q}"] / seconds["Q=1"]
+            report.bar(f"cost of {q} columns, in those of one", case, ratio, None, "x")
 
 
 def overhead(report: SpeculativeReport) -> Iterator[str]:

@@ -207,6 +207,8 @@ def models(report: SpeculativeReport) -> Iterator[str]:
         return
     yield from speculative_models.overhead(report)
     yield from speculative_models.curve(report)
+    yield from speculative_models.pool(report)
+    yield from speculative_models.forwards(report)
     yield from speculative_models.schedulers(report)
 
 

@@ -29,6 +29,8 @@ _MARGIN = 1.03
 _FREE = 0.02
 # While nothing is drafted, one draft is tried after this many rounds, then after twice as many.
 _FIRST_PROBE, _LAST_PROBE = 16, 128
+# Where the text tells about drafts that were not computed, so many recent probes are enough.
+_PROBES = 2
 
 
 def expected_tokens(alpha: float, drafts: float) -> float:
@@ -48,12 +50,14 @@ class AutoK:
 
     alpha is the acceptance of recent rounds, c_d the time of one draft step, c_v that of a forward
     of the target; both times are medians of recent rounds, and widths that were not measured lie on
-    lines between those that were. Where drafting does not pay, K is 0; then a single draft is tried
-    now and then, so that a text that becomes easy is noticed.
+    lines between those that were. No forward is more than twice as wide as the widest one that was
+    measured: a wrong guess would cost several plain rounds. Where drafting does not pay, K is 0;
+    then a single draft is tried now and then, so that a text that becomes easy is noticed.
 
     Drafts that cost next to nothing, such as those of a lookup, are always asked for. Which rows
     have some is known then, and of which kind; `width` decides how many columns of them the target
-    is to compute, with an alpha for each kind.
+    is to compute, with an alpha for each kind. Drafts that were not computed are compared with the
+    text that came, so that alpha is known without paying for it.
 
     Args:
         max_drafts: the largest K.
@@ -101,9 +105,12 @@ class AutoK:
         """
         points = self._points(rows)
         cost = self._draft.value() * self.max_drafts
-        if self.trims and 0 < cost < _FREE * _forward(points, 1):
+        if self.trims and cost == 0:
+            return 1  # to see what it costs
+        if self.trims and cost < _FREE * _forward(points, 1):
             return self.max_drafts
-        return self._best([self._rate(points, k) for k in range(self.max_drafts + 1)])
+        most = min(self.max_drafts, _widest(points))
+        return self._best([self._rate(points, k) for k in range(most + 1)])
 
     def acceptance_of(self, kind: int) -> float:
         """Alpha of one kind of drafts."""
@@ -120,22 +127,25 @@ class AutoK:
         """
         points = self._points(rows)
         alphas = [self.acceptance_of(kind) for kind in _each(kinds, offered)]
-        most = max(offered, default=0)
+        most = min(max(offered, default=0), _widest(points))
 
-        def rate(width: int) -> float:
+        def tokens(width: int) -> float:
             pairs = zip(alphas, offered, strict=True)
-            tokens = sum(expected_tokens(alpha, min(k, width)) for alpha, k in pairs)
-            return tokens / _forward(points, 1 + width)
+            return sum(expected_tokens(alpha, min(k, width)) for alpha, k in pairs)
 
-        return self._best([rate(w) for w in range(most + 1)])
+        rates = [tokens(w) / _forward(points, 1 + w) for w in range(most + 1)]
+        # Nothing but the cost is unknown, and that is soon measured.
+        times = self._target.get(rows, {}).get(2, _Times()).recent(self._round - _KEEP_ROUNDS)
+        hopeful = tokens(1) > (1 + _SLOPE) * tokens(0)
+        return self._best(rates, probe=hopeful and len(times) < _PROBES)
 
-    def _best(self, rates: list[float]) -> int:
+    def _best(self, rates: list[float], probe: bool = True) -> int:
         """The number of the best rate; where that is 0, now and then 1."""
         best = max(range(len(rates)), key=rates.__getitem__)
         if rates[best] > _MARGIN * rates[0]:
             self._idle, self._probe = 0, _FIRST_PROBE
             return best
-        self._idle += len(rates) > 1
+        self._idle += probe and len(rates) > 1
         if self._idle <= self._probe:
             return 0
         self._idle, self._probe = 0, min(2 * self._probe, _LAST_PROBE)
@@ -159,8 +169,8 @@ class AutoK:
             rows: B, rows of the target's forward.
             asked: the K of this round.
             width: columns of the target's forward, less one: at most `asked`.
-            offered: drafts of each active row, without those that were cut off.
-            accepted: of them accepted.
+            offered: drafts of each active row whose fate is known, whether computed or not.
+            accepted: of them accepted, or equal to the text.
             draft_seconds: time of the drafter.
             target_seconds: time of the target's forward.
             kinds: as for `width`.
@@ -168,7 +178,7 @@ class AutoK:
         self._round += 1
         if asked:
             self._draft.add(self._round, draft_seconds / asked)
-        if width or (asked and not self.trims):
+        if any(offered) or width or (asked and not self.trims):
             self._forget(_DECAY ** (self._round - self._last_asked))
             self._last_asked = self._round
             pairs = list(zip(offered, accepted, strict=True))
@@ -176,8 +186,9 @@ class AutoK:
             self._all.add(self._round, tested, sum(a for _, a in pairs))
             self._asked += len(pairs)
             self._offering += sum(k > 0 for k, _ in pairs)
-            self._columns_asked += asked
-            self._columns += width
+            if width or not self.trims:
+                self._columns_asked += asked
+                self._columns += width
             for kind, (k, a) in zip(_each(kinds, offered), pairs, strict=True):
                 if k:
                     evidence = self._kinds.setdefault(kind, _Evidence(self._round))
@@ -208,6 +219,11 @@ class AutoK:
             if recent := [point for point in points if point[1] > 0]:
                 return recent
         return []
+
+
+def _widest(points: list[tuple[int, float]]) -> int:
+    """The largest K that may be tried: nothing before a plain forward was measured."""
+    return 2 * points[-1][0] - 1 if points else 0
 
 
 def _forward(points: list[tuple[int, float]], columns: float) -> float:
@@ -252,6 +268,9 @@ class _Times:
     def add(self, round_: int, seconds: float) -> None:
         self._entries.append((round_, seconds))
 
+    def recent(self, since: int) -> list[float]:
+        return [seconds for then, seconds in self._entries if then >= since]
+
     def value(self, since: int = 0) -> float:
-        recent = [seconds for then, seconds in self._entries if then >= since]
-        return statistics.median(recent) if recent else 0.0
+        recent = self.recent(since)
+        return statistics.median_low(recent) if recent else 0.0

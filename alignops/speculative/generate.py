@@ -215,26 +215,38 @@ def _measured_round(session: SpecSession, auto: AutoK) -> Round:
     session.most_drafts = auto.choose(rows)
     before = clock.seconds()
     drafts = session.draft()
+    guesses: list[list[int]] = []
     kinds = None
     if auto.trims:
         with clock.phase("schedule"):
-            counts = (drafts.ids >= 0).sum(1).tolist()
+            guesses = [[i for i in row if i >= 0] for row in drafts.ids[active].tolist()]
             if drafts.kind is not None:
-                kinds = [int(kind) for kind in drafts.kind[active]]
-            drafts = drafts.first(auto.width(rows, [counts[row] for row in active], kinds))
+                kinds = drafts.kind[active].tolist()
+            drafts = drafts.first(auto.width(rows, [len(row) for row in guesses], kinds))
     done = session.commit(session.verify(drafts))
+    offered, accepted = (
+        [counts[row] for row in active] for counts in (done.offered, done.accepted)
+    )
+    for i, guess in enumerate(guesses):
+        offered[i], accepted[i] = _foretold(guess, done.tokens[active[i]])
     after = clock.seconds()
     auto.observe(
         rows=rows,
         asked=session.most_drafts,
         width=drafts.ids.shape[1],
-        offered=[done.offered[row] for row in active],
-        accepted=[done.accepted[row] for row in active],
+        offered=offered,
+        accepted=accepted,
         kinds=kinds,
         draft_seconds=after["draft"] - before["draft"],
         target_seconds=after["target"] - before["target"],
     )
     return done
+
+
+def _foretold(guess: list[int], tokens: list[int]) -> tuple[int, int]:
+    """How many drafts a round's tokens tell about, computed or not, and how many were right."""
+    told = min(len(guess), len(tokens))
+    return told, next((i for i in range(told) if guess[i] != tokens[i]), told)
 
 
 class _Bar:
