@@ -87,9 +87,9 @@ def _rewrite(
 def scratch_bytes(
     host: Tensor,
     device: torch.device,
+    head_dim: int,
     q_heads: int,
     kv_heads: int,
-    head_dim: int,
     v_head_dim: int,
     mass: bool,
 ) -> int:
@@ -98,9 +98,9 @@ def scratch_bytes(
     Args:
         host: the plan, in the memory of the host; of a short one nothing is split.
         device: the GPU.
+        head_dim: D.
         q_heads: Hq.
         kv_heads: Hkv.
-        head_dim: D.
         v_head_dim: Dv.
         mass: whether the mass is asked for.
     """

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alignops._checks import check
+from alignops.attention import _triton
 from alignops.attention.errors import StalePlan, StepError
 
 if TYPE_CHECKING:
@@ -192,11 +193,16 @@ class Plan:
 
     def scratch(self, q_heads: int, kv_heads: int, v_head_dim: int, mass: bool) -> Tensor:
         """Memory for `concurrent_attention` on the pool's device: uint8, the same for each call."""
-        memory = self._open("scratch")
-        need = torch.ops.alignops.attention_scratch(self._host, q_heads, kv_heads, v_head_dim, mass)
+        memory, device = self._open("scratch"), self._pool.device
+        sizes = (q_heads, kv_heads, v_head_dim, mass)
+        if device.type == "cuda":
+            widest = max(self._pool.head_dims)
+            need = _triton.scratch_bytes(self._host, device, widest, *sizes)
+        else:
+            need = torch.ops.alignops.attention_scratch(self._host, *sizes)
         if len(memory.scratch) < need:
             memory.scratch = torch.empty(
-                max(need, 2 * len(memory.scratch)), dtype=torch.uint8, device=self._pool.device
+                max(need, 2 * len(memory.scratch)), dtype=torch.uint8, device=device
             )
         return memory.scratch
 

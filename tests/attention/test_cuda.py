@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from alignops.attention import _triton
-from tests.attention import plans
+from tests.attention import plans, workspace_runs
 from tests.attention.plans import Shape
 from tests.attention.samples import INVALID, VALID
 
@@ -37,7 +37,7 @@ def on_gpu(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Arguments of attention with scratch as a GPU wants it."""
     q, k, v, plan, *rest = args
     size = _triton.scratch_bytes(
-        plan, torch.device(GPU), q.shape[1], k.shape[1], q.shape[2], v.shape[3], True
+        plan, torch.device(GPU), q.shape[2], q.shape[1], k.shape[1], v.shape[3], True
     )
     scratch = torch.full((size,), 255, dtype=torch.uint8, device=GPU)
     return (*to_gpu((q, k, v, plan, *rest[:-1])), scratch)
@@ -154,6 +154,16 @@ def test_options(raw: bool) -> None:
             Call(shape, dtype, seed=seed, workers=5, **options).check()
 
 
+@pytest.mark.parametrize("rope_mode", ["raw", "local"])
+@pytest.mark.parametrize("visibility", ["inclusive", "lagged"])
+@pytest.mark.parametrize("dtype", [SINGLE, BRAIN, HALF])
+def test_workspaces(rope_mode: str, visibility: str, dtype: torch.dtype) -> None:
+    found = workspace_runs.run(GPU, dtype, rope_mode, visibility)
+    expected = workspace_runs.run("cpu", dtype, rope_mode, visibility)
+    for results, wanted in zip(found, expected, strict=True):
+        assert_close(results, wanted, dtype == SINGLE)
+
+
 def long_call(seed: int = 0, dtype: torch.dtype = BRAIN, **options: Any) -> tuple[Any, ...]:
     options = {"length": 3000, "workers": 4, "blocks": 3} | options
     return on_gpu(Call(Shape(8, 5, 128, 128, 64), dtype, seed=seed, **options).args)
@@ -221,7 +231,7 @@ def test_cuda_graph() -> None:
     out, lse = torch.empty_like(q), torch.empty(rows, 6, device=GPU)
     mass = torch.empty(rows, 6, blocks, device=GPU)
     longest = max(calls, key=lambda call: int(call.step.words[9]))
-    size = _triton.scratch_bytes(longest.step.words, torch.device(GPU), 6, 2, 64, 64, True)
+    size = _triton.scratch_bytes(longest.step.words, torch.device(GPU), 64, 6, 2, 64, True)
     scratch = torch.empty(2 * size, dtype=torch.uint8, device=GPU)
 
     def load(call: Call) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from alignops.attention import _triton
-from tests.attention import samples
+from alignops.attention import ops as attention_ops
+from tests.attention import samples, workspace_runs
 
 kernels = pytest.importorskip("alignops.triton_kernels.attention", reason="needs triton")
 pytestmark = [
@@ -53,6 +55,19 @@ def test_errors(name: str) -> None:
             OPS[name](*sample.args)
 
 
+@pytest.mark.parametrize(("rope_mode", "visibility"), [("raw", "inclusive"), ("local", "lagged")])
+def test_workspaces(rope_mode: str, visibility: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans as they are made, appended keys, moved pages."""
+    run = workspace_runs.run
+    expected = list(run("cpu", torch.float32, rope_mode, visibility))
+    with monkeypatch.context() as patch:
+        patch.setattr(attention_ops, "_op", SimpleNamespace(**OPS))
+        found = list(run("cpu", torch.float32, rope_mode, visibility))
+    for results, wanted in zip(found, expected, strict=True):
+        for a, b in zip(results, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_fake_tensors_on_a_gpu(name: str) -> None:
     """torch.compile traces the operators for tensors that are on no device here."""
@@ -80,11 +95,11 @@ def test_scratch() -> None:
     rows, blocks = int(short[3]), int(short[5])
     device = torch.device("cpu")
     for mass in (False, True):
-        arguments = (40, 8, 128, 96, mass)
+        arguments = (128, 40, 8, 96, mass)
         small, large = (_triton.scratch_bytes(p, device, *arguments) for p in (short, long))
         for size in (2, 4):
             shape = kernels.Shape(rows, 40, 8, 128, 96, size, blocks if mass else 0)
             assert small >= shape.scratch_bytes(1)
             assert large >= shape.scratch_bytes(shape.most_parts(8))
         assert large <= 4 * shape.scratch_bytes(shape.most_parts(8))
-    assert _triton.scratch_bytes(short, device, 40, 8, 128, 96, False) <= 1 << 20
+    assert _triton.scratch_bytes(short, device, 128, 40, 8, 96, False) <= 1 << 20
