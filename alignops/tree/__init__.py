@@ -1,5 +1,12 @@
 """Search trees of language models: batched selection, expansion and backup."""
 
+from alignops.tree.aligner import InstructResult as InstructResult
+from alignops.tree.aligner import Wording as Wording
+from alignops.tree.aligner import instruct_search as instruct_search
+from alignops.tree.aligner import principles_for as principles_for
+from alignops.tree.astar import AStarAnswer as AStarAnswer
+from alignops.tree.astar import Continuation as Continuation
+from alignops.tree.astar import astar_decode as astar_decode
 from alignops.tree.diffusion import DtsResult as DtsResult
 from alignops.tree.diffusion import dts_sample as dts_sample
 from alignops.tree.errors import CallbackError as CallbackError

@@ -254,6 +254,6 @@ def dts_star(c: float = 1.0, width: float = 2.0, growth: float = 0.8) -> UCT:
     return UCT(c=c, width=width, growth=growth, first_visits=1.0)
 
 
-def p_aligner() -> UCT:
-    """As P-Aligner's script: c = 0.1; goes with `SubtreeMean`."""
-    return UCT(c=0.1, fpu="inf")
+def p_aligner(c: float = 0.1) -> UCT:
+    """As P-Aligner's script: c = 0.1 (the code's default is 1.0); goes with `SubtreeMean`."""
+    return UCT(c=c, fpu="inf")

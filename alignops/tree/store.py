@@ -265,6 +265,24 @@ class TreeStore:
         tickets = _array(ticket, torch.int64, "TreeStore.descend", "ticket")
         return Leaves(*map(torch.from_numpy, self._native.descend(tickets)))
 
+    def visit(self, tree: Tensor, node: Tensor, slot: Tensor) -> Leaves:
+        """Select the children behind given edges, (M,) each, whatever the policy would say.
+
+        Returns:
+            The children, in the order of the rows.
+
+        Raises:
+            NodeIndexError: there is no such node below the root, or no such edge.
+            CapacityError: a tree lacks room.
+        """
+        op = "TreeStore.visit"
+        leaves = self._native.visit(
+            _array(tree, torch.int32, op, "tree"),
+            _array(node, torch.int32, op, "node"),
+            _array(slot, torch.int32, op, "slot"),
+        )
+        return Leaves(*map(torch.from_numpy, leaves))
+
     def grow(self, ticket: Tensor, actions: Tensor, *, merge: bool = False) -> Leaves:
         """Give the leaf of each selection one more child, and move the selection there.
 

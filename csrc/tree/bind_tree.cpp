@@ -136,6 +136,15 @@ class Trees : public std::enable_shared_from_this<Trees> {
     return arrays(leaves);
   }
 
+  py::tuple visit(const Ints& tree, const Ints& node, const Ints& slot) {
+    ALIGNOPS_CHECK(tree.size() == node.size() && tree.size() == slot.size(),
+                   "TreeStore.visit: node and slot must have ", tree.size(),
+                   " elements, as tree has, got ", node.size(), " and ", slot.size());
+    std::vector<Leaf> leaves(static_cast<size_t>(tree.size()));
+    run([&] { search_.visit(view(tree), view(node), view(slot), leaves); });
+    return arrays(leaves);
+  }
+
   py::tuple grow(const Longs& tickets, const Ints& actions, bool merge) {
     ALIGNOPS_CHECK(tickets.size() == actions.size(), "TreeStore.grow: actions must have ",
                    tickets.size(), " elements, as tickets has, got ", actions.size());
@@ -464,6 +473,7 @@ void bind_tree(py::module_& m) {
            py::arg("nodes"), py::arg("lanes"), py::arg("options"), py::arg("seed"))
       .def("select", &Trees::select, py::arg("k"))
       .def("descend", &Trees::descend, py::arg("tickets"))
+      .def("visit", &Trees::visit, py::arg("tree"), py::arg("node"), py::arg("slot"))
       .def("grow", &Trees::grow, py::arg("tickets"), py::arg("actions"), py::arg("merge"))
       .def("expand", &Trees::expand, py::arg("tree"), py::arg("node"), py::arg("ptr"),
            py::arg("width"), py::arg("actions"), py::arg("priors"), py::arg("normalize"))

@@ -167,21 +167,27 @@ Leaf Search::leaf_at(int64_t t, int32_t id, int64_t ticket) const {
           end && leaf.fn > 0,      ticket};
 }
 
-void Search::arrive(int64_t t, const Cursor& cursor, Leaf* out, int32_t& count) {
+// A selection of this leaf is in flight from now on.
+Leaf Search::begin(int64_t t, int32_t leaf) {
   Tree& tree = store_.tree(t);
   Node* nodes = store_.nodes(t);
-  ++tree.draws;
-  const bool collision = waits(nodes[cursor.node]);
-  if (collision && policy_.collision == Collision::kSkip) return;
+  const bool collision = waits(nodes[leaf]);
   const int64_t ticket = (t << 32) | tree.tickets++;
-  tree.open.push_back({ticket, cursor.node});
-  for (int32_t id = cursor.node;; id = nodes[id].parent) {
+  tree.open.push_back({ticket, leaf});
+  for (int32_t id = leaf;; id = nodes[id].parent) {
     ++nodes[id].pending;
     if (id == tree.root) break;
     refresh(t, nodes[id]);
   }
-  out[count] = leaf_at(t, cursor.node, ticket);
-  out[count++].collision = collision;
+  Leaf out = leaf_at(t, leaf, ticket);
+  out.collision = collision;
+  return out;
+}
+
+void Search::arrive(int64_t t, const Cursor& cursor, Leaf* out, int32_t& count) {
+  ++store_.tree(t).draws;
+  if (policy_.collision == Collision::kSkip && waits(store_.nodes(t)[cursor.node])) return;
+  out[count++] = begin(t, cursor.node);
 }
 
 // One edge further; true at a leaf.

@@ -50,6 +50,11 @@ class Search {
   // CapacityError.
   void descend(std::span<const int64_t> tickets, std::span<Leaf> out, const ParallelFor& parallel);
 
+  // Selects the child behind an edge of a node, whatever the policy would say; one leaf per row.
+  // Throws NodeIndexError, CapacityError.
+  void visit(std::span<const int32_t> tree, std::span<const int32_t> node,
+             std::span<const int32_t> slot, std::span<Leaf> out);
+
   // Gives each selection's leaf one more child and moves the selection there. If `merge`, a child
   // behind an edge of the same action is taken and its weight rises by 1; a new edge has weight 1.
   // Throws StateError for a ticket that is not open or whose leaf is an end, CapacityError.
@@ -87,6 +92,7 @@ class Search {
   bool may_grow(const Node& node, const Edges& edges) const;
   bool waits(const Node& node) const;
   Leaf leaf_at(int64_t t, int32_t id, int64_t ticket) const;
+  Leaf begin(int64_t t, int32_t id);
   void arrive(int64_t t, const Cursor& cursor, Leaf* out, int32_t& count);
   Leaf grow_one(int64_t t, int64_t ticket, int32_t action, bool merge);
   void add_weight(int64_t t, int32_t id, int32_t slot);

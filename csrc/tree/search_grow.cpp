@@ -44,6 +44,42 @@ void Search::descend(std::span<const int64_t> tickets, std::span<Leaf> out,
   });
 }
 
+void Search::visit(std::span<const int32_t> tree, std::span<const int32_t> node,
+                   std::span<const int32_t> slot, std::span<Leaf> out) {
+  const char* op = "TreeStore.visit";
+  std::vector<int64_t> more(static_cast<size_t>(store_.size()));
+  for (size_t i = 0; i < tree.size(); ++i) {
+    const int32_t t = tree[i];
+    store_.check_node(op, t, node[i]);
+    const Node& at = store_.nodes(t)[node[i]];
+    int32_t above = node[i];
+    while (above != store_.tree(t).root && above != kNowhere) above = store_.nodes(t)[above].parent;
+    if (above == kNowhere)
+      throw NodeIndexError(
+          message(op, ": node ", node[i], " of tree ", t, " is not below the root"));
+    const int64_t edges = at.edge_base == kNoEdges ? 0 : at.n_edges;
+    if (slot[i] < 0 || slot[i] >= edges)
+      throw NodeIndexError(message(op, ": slot of node ", node[i], " of tree ", t, " must be 0 to ",
+                                   edges - 1, ", got ", slot[i]));
+    const int32_t child = store_.edges(t, at).child[slot[i]];
+    if (child == kPruned)
+      throw NodeIndexError(
+          message(op, ": edge ", slot[i], " of node ", node[i], " of tree ", t, " was pruned"));
+    if (child == kNotMade) ++more[static_cast<size_t>(t)];
+    if (!store_.has_room(t, more[static_cast<size_t>(t)]))
+      throw CapacityError(message(op, ": tree ", t, " has ", store_.tree(t).nodes, " of ",
+                                  store_.limits().nodes, " nodes and needs ",
+                                  more[static_cast<size_t>(t)], " more"));
+  }
+  for (size_t i = 0; i < tree.size(); ++i) {
+    const int32_t t = tree[i];
+    const Node& at = store_.nodes(t)[node[i]];
+    int32_t child = store_.edges(t, at).child[slot[i]];
+    if (child == kNotMade) child = store_.make_child(t, node[i], slot[i]);
+    out[i] = begin(t, child);
+  }
+}
+
 // A child counts once more. If it has a value, those above change at once: the draw stands,
 // whatever becomes of the selection.
 void Search::add_weight(int64_t t, int32_t id, int32_t slot) {
