@@ -18,6 +18,7 @@ from alignops.integrations._attention_layers import NAME, HogwildCache, attend
 from alignops.integrations._attention_view import attention_view
 from alignops.integrations.attention import HFConcurrentModel, concurrent_model
 from tests.attention.models import VOCAB, cache_name, model
+from tests.attention.test_models import _one_thread as _one_thread
 from tests.attention.test_models import concurrent, ids_of, stock_logits
 
 
