@@ -87,8 +87,12 @@ def concurrent_attention(
     plan.require(layer, "attend")
     k, v = pool.k[layer], pool.v[layer]
     _refuse_gradients(op, q=q, sinks=sinks)
-    packed = _packed(q, plan, op, "q")
+    packed = _packed(q, plan)
     rows, heads = packed.shape[:2]
+    check(
+        heads > 0 and heads % k.shape[1] == 0,
+        f"{op}: q must have a multiple of {k.shape[1]} heads (those of the pool), got {heads}",
+    )
     if out is None:
         out = packed.new_empty(rows, heads, v.shape[-1])
     else:
@@ -116,7 +120,7 @@ def concurrent_attention(
     if q.dim() == 4:
         fills = (0.0, float("-inf"), 0.0) if return_lse else (0.0, 0.0)
         results = [
-            _batched(t, plan, q.shape[2], fill) for t, fill in zip(results, fills, strict=False)
+            plan.unpack(t, q.shape[2], fill) for t, fill in zip(results, fills, strict=False)
         ]
     return results[0] if len(results) == 1 else tuple(results)
 
@@ -146,8 +150,8 @@ def append_kv(pool: KVPool, layer: int, plan: Plan, k: Tensor, v: Tensor) -> Non
     _refuse_gradients(op, k=k, v=v)
     plan.require(layer, "append")
     _op.attention_append_(
-        _packed(k, plan, op, "k"),
-        _packed(v, plan, op, "v"),
+        _packed(k, plan),
+        _packed(v, plan),
         plan.data,
         *_rotary(pool, layer),
         pool.k[layer],
@@ -202,39 +206,9 @@ def _rotary(pool: KVPool, layer: int) -> tuple[int, int, bool]:
     return index, spec.offset, spec.interleaved
 
 
-def _packed(x: Tensor, plan: Plan, op: str, argument: str) -> Tensor:
+def _packed(x: Tensor, plan: Plan) -> Tensor:
     """(R, H, D) of either form."""
-    if x.dim() == 3:
-        return x
-    workers = len(plan.counts)
-    check(
-        x.dim() == 4 and x.shape[0] == workers and x.shape[2] >= max(plan.counts, default=0),
-        f"{op}: {argument} must have shape (R, H, D) or (W={workers}, H, "
-        f"T>={max(plan.counts, default=0)}, D), got {tuple(x.shape)}",
-    )
-    flat = x.transpose(1, 2).flatten(0, 1)
-    return flat if len(flat) == plan.rows else flat[_places(plan, x.shape[2], x.device)]
-
-
-def _batched(x: Tensor, plan: Plan, longest: int, fill: float) -> Tensor:
-    """(R, H, ...) as (W, H, T, ...), `fill` where there is no token."""
-    workers = len(plan.counts)
-    if len(x) != workers * longest:
-        flat = x.new_full((workers * longest, *x.shape[1:]), fill)
-        flat[_places(plan, longest, x.device)] = x
-        x = flat
-    batch: Tensor = x.unflatten(0, (workers, longest))
-    return batch.transpose(1, 2)
-
-
-def _places(plan: Plan, longest: int, device: torch.device) -> Tensor:
-    """(R,) row w T + t of each token in a batch whose rows end with their tokens."""
-    ends = range(longest, longest * (len(plan.counts) + 1), longest)
-    return torch.tensor(
-        [i for end, n in zip(ends, plan.counts, strict=True) for i in range(end - n, end)],
-        device=device,
-        dtype=torch.int64,
-    )
+    return x if x.dim() == 3 else plan.rows_of(x)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -89,8 +89,8 @@ bool close(const std::vector<float>& a, const std::vector<float>& b, float toler
 }
 
 std::vector<float> floats(const std::vector<char>& data, DType dtype, int64_t count) {
-  std::vector<float> out;
-  for (int64_t i = 0; i < count; ++i) out.push_back(load(data.data(), dtype, i));
+  std::vector<float> out(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) out[static_cast<size_t>(i)] = load(data.data(), dtype, i);
   return out;
 }
 

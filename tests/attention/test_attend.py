@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.attention import plans
+from tests.attention import plans, samples
 
 DTYPES = [
     (torch.float32, torch.float32),
@@ -76,3 +76,154 @@ def test_agrees_with_the_formula(
         if sinks is None:
             total = mass.double().sum(-1)
             assert ((total - 1).abs() <= 1e-5).logical_or(lse == -torch.inf).all()
+
+
+def test_results_do_not_depend_on_threads() -> None:
+    shape = CASES["chunks"][0]
+    step, q, k, v, *_ = sample("chunks", DTYPES[0])[0]
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(plans.attend(step, shape, q, k, v, scale=0.1))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES[:3], ids=str)
+def test_nan_of_a_row_stays_in_it(isa: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """In a query: its row. In a key or a value: the rows that see it."""
+    shape = plans.Shape(d=64, dv=64, pairs=32)
+    rng, generator = np.random.default_rng(4), torch.Generator().manual_seed(4)
+    step = plans.make(rng, workers=3, longest=5, pairs=32, length=100)
+    q = plans.queries(step, shape, dtypes[0], generator)
+    k, v = plans.pool(step, shape, dtypes[1], generator)
+    clean = plans.attend(step, shape, q, k, v, scale=0.1)
+    for bad in (torch.nan, torch.inf):
+        spoilt = q.clone()
+        spoilt[1, 2, 3] = bad
+        found = plans.attend(step, shape, spoilt, k, v, scale=0.1)
+        assert found[0][1, 2].isnan().all()
+        for a, b in zip(found, clean, strict=True):
+            a[1, 2] = b[1, 2]
+            assert torch.equal(a, b)
+    # The newest key of each worker is seen by the rows from there on.
+    for row, (w, t, slot, _) in enumerate(step.tables["rows"]):
+        for cache in (k, v):
+            other = cache.clone()
+            other[slot // step.page_size, 0, slot % step.page_size, 5] = torch.nan
+            pair = (other, v) if cache is k else (k, other)
+            found = plans.attend(step, shape, q, *pair, scale=0.1)[0]
+            assert found[row, 0].isnan().any()
+            for u, (worker, at, _, _) in enumerate(step.tables["rows"]):
+                if worker == w and at < t:
+                    assert torch.equal(found[u], clean[0][u])
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_huge_scores(isa: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    shape = plans.Shape(d=64, dv=64, pairs=32)
+    rng, generator = np.random.default_rng(6), torch.Generator().manual_seed(6)
+    step = plans.make(rng, workers=2, longest=3, pairs=32, length=300)
+    q = plans.queries(step, shape, dtypes[0], generator)
+    k, v = plans.pool(step, shape, dtypes[1], generator)
+    for scale in (1e3, -1e3, 0.0):
+        out, lse, mass = plans.attend(step, shape, q, k, v, scale=scale)
+        assert out.isfinite().all()
+        assert lse.isfinite().all()
+        assert ((mass.double().sum(-1) - 1).abs() <= 1e-5).all()
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_rows_that_see_nothing(isa: str, sinks: bool) -> None:
+    rng, generator = np.random.default_rng(8), torch.Generator().manual_seed(8)
+    shape = plans.Shape(pairs=16)
+    step = plans.make(rng, workers=2, longest=2, weights=True)
+    step.tables["bias"][:, 0] = -np.inf  # of the first worker all blocks are hidden
+    step = plans.encode(step.tables, step.page_size, step.pages)
+    rows = [i for i, row in enumerate(step.tables["rows"]) if row[0] == 0]
+    assert rows
+    q = plans.queries(step, shape, torch.float32, generator)
+    k, v = plans.pool(step, shape, torch.float32, generator, float("nan"))
+    sink = torch.randn(shape.heads) if sinks else None
+    out, lse, mass = plans.attend(step, shape, q, k, v, scale=1.0, sinks=sink)
+    assert (out[rows] == 0).all()
+    assert (mass[rows] == 0).all()
+    assert torch.allclose(
+        lse[rows], torch.full((shape.heads,), -torch.inf) if sink is None else sink
+    )
+
+
+def test_no_rows_and_no_segments(isa: str) -> None:
+    shape = plans.Shape(rope=False)
+    tables = {
+        "segments": [],
+        "pairs": [],
+        "bias": np.zeros((0, 2)),
+        "gain": np.ones((0, 2)),
+        "blocks": 1,
+        "raw": True,
+        "omega": np.ones(4),
+    }
+    k = torch.full((1, 2, 16, 32), torch.nan)
+    for rows in ([], [(1, 0, 3, 3)]):
+        row_ptr = [0, 0, len(rows)]
+        step = plans.encode({**tables, "rows": rows, "row_ptr": row_ptr}, 16, 1)
+        q = torch.randn(len(rows), shape.heads, 32)
+        out, lse, mass = plans.attend(step, shape, q, k, k, scale=1.0)
+        assert (out == 0).all()
+        assert (mass == 0).all()
+        assert (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("what", ["pages", "rows", "magic", "mass", "scratch", "page_size", "rope"])
+def test_plans_that_do_not_fit_are_refused(what: str) -> None:
+    """With the word at fault; fake kernels cannot see it."""
+    args = list(next(samples.VALID["attention_concurrent_"]()))
+    words = args[3].clone()
+    argument = "plan"
+    if what == "pages":
+        args[1], args[2] = args[1][:-8], args[2][:-8]
+    elif what == "rows":
+        args[0], args[11], args[12], args[13] = (args[i][1:] for i in (0, 11, 12, 13))
+        argument = "q"
+    elif what == "magic":
+        words[0] += 1
+    elif what == "mass":
+        args[13] = args[13][..., 1:].contiguous()
+        argument = "mass"
+    elif what == "scratch":
+        args[14] = args[14][:1000]
+        argument = "scratch"
+    elif what == "page_size":
+        args[1], args[2] = (t[:, :, :8].contiguous() for t in args[1:3])
+        argument = "k"
+    else:
+        args[5] = 1
+        argument = "rope"
+    args[3] = words
+    with pytest.raises(ValueError, match=f"^attention_concurrent_: {argument} must "):
+        torch.ops.alignops.attention_concurrent_(*args)
+
+
+def test_compiles_as_one_graph() -> None:
+    args = next(samples.VALID["attention_concurrent_"]())
+
+    def step(q: torch.Tensor, k_new: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        v_new, k, v, plan, scratch = rest
+        torch.ops.alignops.attention_append_(k_new, v_new, plan, 0, 2, False, k, v)
+        out = q.new_empty(*q.shape[:2], v.shape[3])
+        torch.ops.alignops.attention_concurrent_(
+            q, k, v, plan, None, 0, 2, False, 0.3, 0.0, 0, out, None, None, scratch
+        )
+        return out
+
+    q, k, v, plan, scratch = args[0], args[1], args[2], args[3], args[14]
+    new = torch.randn(len(q), 2, 20), torch.randn(len(q), 2, 24)
+    caches = k.clone(), v.clone()
+    expected = step(q, *new, k, v, plan, scratch)
+    found = torch.compile(step, fullgraph=True)(q, *new, *caches, plan, scratch)
+    assert torch.equal(found, expected)
+    assert torch.equal(caches[0], k)

@@ -445,7 +445,7 @@ void attend(const Attend& a, const Task& task) {
 }
 
 template <class S>
-constexpr Kernels attention_kernels() {
+constexpr Kernels attention_kernels() noexcept {
   return {attend<S>, reduce<S>, append<S>, rewrite<S>};
 }
 
