@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of under eight minutes: builds alignops with CUDA beside the torch that is
-# installed (nothing is downloaded), runs the GPU tests and the tests of the cores, compute-sanitizer on a few
-# cases, and the GPU benchmark. Logs and the JSON of the benchmark go to ${OUT:-benchmarks/results}; a short table comes
-# last, and the exit status is 0 only if every stage passed. PYTHON names the interpreter that has torch.
+# Everything that needs a GPU: builds alignops with CUDA beside the torch that is installed (nothing is downloaded),
+# runs the GPU tests and the tests of the cores, compute-sanitizer on a few cases, and the GPU benchmarks. Arguments
+# (ternary, spans, speculative, attention) limit it to these cores, for a call of under eight minutes. Logs and the
+# JSON of the benchmarks go to ${OUT:-benchmarks/results}; a short table comes last, and the exit status is 0 only if
+# every stage passed. PYTHON names the interpreter that has torch.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-benchmarks/results}
@@ -11,6 +12,11 @@ command -v nvidia-smi >/dev/null || { echo "gpu_check: no GPU here (nvidia-smi i
 PATH="$PATH:/usr/local/cuda/bin"
 base=$(command -v "${PYTHON:-python3}")
 PATH="$(dirname "$base"):$PATH"
+
+cores=" ${*:-ternary spans speculative attention} "
+wanted() { # wanted CORE
+  [[ $cores == *" $1 "* ]]
+}
 
 rows=()
 status=0
@@ -48,13 +54,17 @@ stage build 180 bash -c build
 export PYTHONUNBUFFERED=1
 quick=(-q -p no:cacheprovider --maxfail=20)
 "$python" -c "import xdist" 2>/dev/null && workers=1 || workers=0
-gpu_tests=(tests/spans/test_cuda.py tests/ternary/test_cuda.py tests/ternary/test_triton.py
-  tests/speculative/test_cuda.py)
+gpu_tests=()
+wanted ternary && gpu_tests+=(tests/ternary/test_cuda.py tests/ternary/test_triton.py)
+wanted spans && gpu_tests+=(tests/spans/test_cuda.py)
+wanted speculative && gpu_tests+=(tests/speculative/test_cuda.py)
 verify_tests=(tests/speculative/test_verify_cuda.py tests/speculative/test_triton.py
   tests/speculative/test_triton_trees.py)
-[ $workers = 1 ] && gpu_tests+=(-n 6) && verify_tests+=(-n 6) # most of the time goes into compiling Triton kernels
-stage gpu-tests 170 "$python" -m pytest "${quick[@]}" "${gpu_tests[@]}"
-stage verify-tests 150 "$python" -m pytest "${quick[@]}" "${verify_tests[@]}"
+attention_tests=(tests/attention/test_cuda.py tests/attention/test_triton.py)
+[ $workers = 1 ] && quick+=(-n 8) # most of the time goes into compiling Triton kernels
+[ ${#gpu_tests[@]} = 0 ] || stage gpu-tests 170 "$python" -m pytest "${quick[@]}" "${gpu_tests[@]}"
+wanted speculative && stage verify-tests 150 "$python" -m pytest "${quick[@]}" "${verify_tests[@]}"
+wanted attention && stage attention-tests 150 "$python" -m pytest "${quick[@]}" "${attention_tests[@]}"
 
 sanitized='
 import torch, alignops
@@ -79,7 +89,9 @@ for name in ("spans_find", "spans_next_counts", "spans_peek"):
         getattr(torch.ops.alignops, name)(*on_gpu)
 from torch.utils import _pytree as pytree
 from tests.speculative.samples import VALID
-for name, cases in VALID.items():
+from tests.attention.samples import VALID as ATTENTION
+names = ("attention_concurrent_", "attention_append_", "attention_rewrite_")
+for name, cases in {**VALID, **{name: ATTENTION[name] for name in names}}.items():
     for args in cases():
         on_gpu = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().cuda(), args)
         getattr(torch.ops.alignops, name)(*on_gpu)
@@ -95,17 +107,18 @@ fi
 
 # Tile sizes that the search finds go to $out, too.
 export ALIGNOPS_AUTOTUNE=1 ALIGNOPS_CACHE_DIR=$out
-stage benchmark 190 "$python" -m benchmarks.bench_ternary_cuda --out "$out" --seconds 120
+wanted ternary && stage benchmark 190 "$python" -m benchmarks.bench_ternary_cuda --out "$out" --seconds 120
 unset ALIGNOPS_AUTOTUNE ALIGNOPS_CACHE_DIR
-stage verify-bench 60 "$python" -m benchmarks.bench_verify_cuda --out "$out" --seconds 40
+wanted speculative && stage verify-bench 60 "$python" -m benchmarks.bench_verify_cuda --out "$out" --seconds 40
+wanted attention && stage attention-bench 75 "$python" -m benchmarks.bench_attention_cuda --out "$out" --seconds 50
 left=$((465 - SECONDS))
 if [ "$left" -gt 20 ]; then
   cpu_tests=(tests/ternary tests/spans/test_ops.py tests/spans/test_matcher.py tests/test_opcheck.py -m "not gpu" --ignore tests/ternary/test_triton.py)
-  [ $workers = 1 ] && cpu_tests+=(-n "$(nproc)")
   stage tests "$left" env OMP_NUM_THREADS=1 "$python" -m pytest "${quick[@]}" "${cpu_tests[@]}"
 fi
 
-[ -f "$out/benchmark.log" ] && tail -60 "$out/benchmark.log"
-[ -f "$out/verify-bench.log" ] && tail -30 "$out/verify-bench.log"
+wanted ternary && tail -60 "$out/benchmark.log"
+wanted speculative && tail -30 "$out/verify-bench.log"
+wanted attention && tail -60 "$out/attention-bench.log"
 printf '%s\n' "${rows[@]}"
 exit $status

@@ -119,8 +119,8 @@ WIDTHS = [
 @pytest.mark.parametrize("width", WIDTHS, ids=str)
 @pytest.mark.parametrize("dtypes", [(BRAIN, BRAIN), (HALF, HALF), (SINGLE, SINGLE)], ids=str)
 def test_widths(width: tuple[int, int, int, int], dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    for seed, interleaved in enumerate((False, True)):
-        shape = Shape(2, 5, *width, interleaved=interleaved)
+    for seed in range(2):
+        shape = Shape(2, 5, *width, interleaved=width[2] % 3 == 1)
         Call(shape, *dtypes, seed=seed, longest=3, length=150, workers=3).check()
 
 
