@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Installs alignops into .venv and runs a demonstration on SmolLM2-135M: `ternary` (the default)
 # converts it to 1.25 bits per weight and measures as it goes, `trace` traces its completions to the
-# Python installed on this machine, `speculative` decodes a batch by drafts; further arguments go to
-# `alignops demo`. Everything is kept: a second run starts at once.
+# Python installed on this machine, `speculative` decodes a batch by drafts, `hogwild` lets several
+# workers write over one cache; further arguments go to `alignops demo`. Everything is kept: a second
+# run starts at once.
 set -euo pipefail
 source "$(dirname "$0")/venv.sh"
 

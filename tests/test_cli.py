@@ -32,6 +32,8 @@ def test_info_names_the_instruction_set_in_use() -> None:
         (("demo", "speculative"), "--exit-layer"),
         (("bench", "spans"), "--tokens"),
         (("bench", "speculative"), "--quick"),
+        (("demo", "hogwild"), "--forwards"),
+        (("bench", "attention"), "--quick"),
     ],
 )
 def test_help_of_every_command(command: tuple[str, ...], word: str) -> None:

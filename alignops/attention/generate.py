@@ -160,7 +160,15 @@ def hogwild_generate(
     Source: arXiv 2504.06261.
 
     Example:
-        See docs/attention.md.
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from alignops.testing import ByteTokenizer
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+        >>> sizes |= {"vocab_size": 257, "max_position_embeddings": 8192}
+        >>> config = LlamaConfig(**sizes, num_hidden_layers=1)
+        >>> model = LlamaForCausalLM(config).eval()
+        >>> result = hogwild_generate(model, ByteTokenizer(), "Add 2 and 3.", max_steps=8)
+        >>> result.workers, result.reason, result.stats.forwards, result.stats.sampled
+        (['Ada', 'Ben'], 'budget', 8, 16)
     """
     check(max_steps >= 0, f"max_steps must be at least 0, got {max_steps}")
     check(
