@@ -254,7 +254,8 @@ class HogwildSession:
         with self._lock:
             for worker, token in zip(group, chosen, strict=True):
                 self._writing.accept(worker, token)
-        self._settle(group)
+            # Before another thread's step is finished: the history has the order of `steps`.
+            self._settle(group)
         self._report()
         return {worker.name: token for worker, token in zip(group, chosen, strict=True)}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ class Block:
         workspace: whose it is.
     """
 
-    __slots__ = ("id", "name", "workspace")
+    __slots__ = ("__weakref__", "id", "name", "workspace")
 
     def __init__(self, workspace: Workspace, id: int, name: str) -> None:
         self.workspace, self.id, self.name = workspace, id, name
@@ -56,6 +57,14 @@ class Block:
         rows = self.workspace.native.segments(self.id)[0]
         dtype = [(name, np.int64) for name in ("n", "first", "s0", "r0", "rewritten")]
         return rows.view(dtype).reshape(-1)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Block):
+            return NotImplemented
+        return other.workspace is self.workspace and other.id == self.id
+
+    def __hash__(self) -> int:
+        return hash((id(self.workspace), self.id))
 
     def __repr__(self) -> str:
         return f"Block({self.id}, {self.name!r}, length {self.length})"
@@ -99,7 +108,10 @@ class Workspace:
         self.native = _native.library.AttentionWorkspace(
             pool.native, rope_mode == "local", [list(spec.inv_freq) for spec in pool.specs]
         )
-        self._blocks: dict[int, Block] = {}
+        # Blocks know their workspace. It holds them weakly, so that its pages are free as soon as
+        # nobody uses it, and makes those that are gone again.
+        self._names: dict[int, str] = {}
+        self._blocks: WeakValueDictionary[int, Block] = WeakValueDictionary()
         self._spare: list[PlanMemory] = []
 
     # Blocks and workers
@@ -110,14 +122,15 @@ class Workspace:
 
     def block(self, id: int) -> Block:
         """The block with this number; IndexError if there is none."""
-        if id not in self._blocks:
+        if id not in self._names:
             raise IndexError(f"block: id must be that of a block, got {id}")
-        return self._blocks[id]
+        block = self._blocks.get(id)
+        return self._new(id, self._names[id]) if block is None else block
 
     @property
     def blocks(self) -> tuple[Block, ...]:
         """All blocks, in the order of their numbers."""
-        return tuple(self._blocks.values())
+        return tuple(self.block(id) for id in list(self._names))
 
     def add_worker(self, name: str, view: Sequence[Block], at_index: int | None = None) -> int:
         """A worker takes part from the next plan on.
@@ -158,7 +171,7 @@ class Workspace:
 
     def view(self, worker: int) -> list[Block]:
         """What a worker sees."""
-        return [self._blocks[id] for id in self.native.view(worker)]
+        return [self.block(id) for id in self.native.view(worker)]
 
     def set_weight(self, worker: int, block: Block, bias: float = 0.0, gain: float = 1.0) -> None:
         """How much attention a worker pays to a block: scores are gain * score + bias.
@@ -262,7 +275,7 @@ class Workspace:
             entries = workers
         else:
             entries = self.workers if views is None else [None] * len(views)
-        blocks = tuple(self._blocks[id] for id in step.blocks)
+        blocks = tuple(self.block(id) for id in step.blocks)
         return Plan(memory, self.pool, blocks, tuple(entries), self.rope_mode == "local")
 
     def commit(self, plan: Plan, tokens: Sequence[Sequence[int]] | None = None) -> None:
@@ -379,7 +392,8 @@ class Workspace:
         other = Workspace.__new__(Workspace)
         other.pool, other.rope_mode = self.pool, self.rope_mode
         other.native = self.native.fork()
-        other._blocks = {id: Block(other, id, b.name) for id, b in self._blocks.copy().items()}
+        other._names = self._names.copy()
+        other._blocks = WeakValueDictionary()
         other._spare = []
         return other
 
@@ -394,6 +408,7 @@ class Workspace:
         return stats
 
     def _new(self, id: int, name: str) -> Block:
+        self._names[id] = name
         block = self._blocks[id] = Block(self, id, name)
         return block
 
