@@ -65,6 +65,13 @@ cpp_tests() {
   ctest --test-dir build/sanitizers --output-on-failure
 }
 
+cpp_threads() { # what several threads share
+  cmake -S . -B build/threads -G Ninja -DCMAKE_BUILD_TYPE=Release -DALIGNOPS_TESTS=ON \
+    -DALIGNOPS_SANITIZERS=thread -DALIGNOPS_WERROR=ON >/dev/null
+  cmake --build build/threads --target attention_test
+  build/threads/attention_test
+}
+
 benchmarks() {
   python -m pytest -q benchmarks --benchmark-disable
 }
@@ -85,6 +92,7 @@ stage "tests" python -m pytest -q
 stage "tests on a Ray cluster" python -m pytest -q -m ray tests/spans/test_ray.py
 stage "tests on lower instruction sets" lower_levels
 stage "C++ tests with sanitizers" cpp_tests
+stage "C++ tests with the thread sanitizer" cpp_threads
 stage "CUDA compiler" python scripts/ptxas_report.py
 stage "benchmarks, once" benchmarks
 stage "isolated build" isolated

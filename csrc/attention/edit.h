@@ -28,10 +28,13 @@ class Workspace::Edit {
   explicit Edit(Workspace& workspace)
       : workspace_(workspace), old_(*workspace.layout_.load()), layout(workspace.layouts_.fresh()) {
     layout = old_;
+    ++layout.version;
+    workspace_.made_.clear();
+    workspace_.replaced_.clear();
   }
   ~Edit() {
     // Never seen by anybody, so of no time.
-    for (Block* block : made_) workspace_.versions_.retire(*block, 0);
+    for (Block* block : workspace_.made_) workspace_.versions_.retire(*block, 0);
     if (!published_) workspace_.layouts_.retire(layout, 0);
     const Epochs::Time oldest = workspace_.pool_->epochs().oldest();
     workspace_.layouts_.reclaim(oldest, [](Layout&) {});
@@ -45,7 +48,7 @@ class Workspace::Edit {
     const Block& old = *layout.blocks[static_cast<size_t>(block)];
     Block& fresh = add_version(old);
     layout.blocks[static_cast<size_t>(block)] = &fresh;
-    replaced_.push_back(const_cast<Block*>(&old));
+    workspace_.replaced_.push_back(const_cast<Block*>(&old));
     return fresh;
   }
   int64_t add_block(const Block& from) {
@@ -73,8 +76,8 @@ class Workspace::Edit {
     published_ = true;
     const Epochs::Time time = workspace_.pool_->epochs().advance();
     workspace_.layouts_.retire(const_cast<Layout&>(old_), time);
-    for (Block* block : replaced_) workspace_.versions_.retire(*block, time);
-    made_.clear();
+    for (Block* block : workspace_.replaced_) workspace_.versions_.retire(*block, time);
+    workspace_.made_.clear();
     workspace_.pool_->release(released);
   }
 
@@ -82,13 +85,12 @@ class Workspace::Edit {
   Block& add_version(const Block& from) {
     Block& fresh = workspace_.versions_.fresh();
     fresh = from;
-    made_.push_back(&fresh);
+    workspace_.made_.push_back(&fresh);
     return fresh;
   }
 
   Workspace& workspace_;
   const Layout& old_;
-  std::vector<Block*> made_, replaced_;
   bool published_ = false;
 
  public:

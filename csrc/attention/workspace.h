@@ -40,6 +40,7 @@ struct Worker {
 };
 
 struct Layout {
+  uint64_t version = 0;  // one more with every change
   std::vector<const Block*> blocks;
   std::vector<std::shared_ptr<const Worker>> workers;
   std::vector<int64_t> order;  // active workers
@@ -140,7 +141,8 @@ class Workspace {
   // Under the mutex.
   Recycler<Layout> layouts_;
   Recycler<Block> versions_;
-  std::vector<const void*> writers_;  // of each block: the step or move that writes it
+  std::vector<const void*> writers_;     // of each block: the step or move that writes it
+  std::vector<Block*> made_, replaced_;  // by the edit under way
   // Published.
   std::atomic<const Layout*> layout_;
 };
