@@ -40,6 +40,8 @@ from alignops.speculative.rsd import keeps_trace as keeps_trace
 from alignops.speculative.rsd import rsd_generate as rsd_generate
 from alignops.speculative.rsd import select_trace as select_trace
 from alignops.speculative.session import SpecSession as SpecSession
+from alignops.speculative.sharded import all_reduce as all_reduce
+from alignops.speculative.sharded import verify_sharded as verify_sharded
 from alignops.speculative.stability import check_row_invariance as check_row_invariance
 from alignops.speculative.stats import SpecStats as SpecStats
 from alignops.speculative.verify import Proposal as Proposal
