@@ -67,6 +67,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"rope_parameters": _YARN},
     ),
 }
+# Soft caps, neighbours paired, values narrower than keys of which only the end rotates. These are
+# compared with themselves, not by brute force.
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 17, "attn_logit_softcapping": 2.0}),
+    "cohere2": ("Cohere2", {"sliding_window": 17, "layer_types": _SLIDING, "logit_scale": 1.0}),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+        | {"v_head_dim": 12, "num_key_value_heads": 4, "first_k_dense_replace": LAYERS},
+    ),
+}
 
 
 @functools.cache
@@ -74,7 +85,7 @@ def model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A causal language model in evaluation mode, with weights that make attention matter."""
     import transformers as tf
 
-    kind, more = MODELS[name]
+    kind, more = (MODELS | MORE)[name]
     kind_config = "Gemma3Text" if kind == "Gemma3" else kind
     config = getattr(tf, f"{kind_config}Config")(**(_SIZE | more))
     torch.manual_seed(11)
@@ -82,7 +93,7 @@ def model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     with torch.no_grad():
         for key, p in net.named_parameters():
             p.normal_(0, 0.3 if p.dim() > 1 else 0.1)
-            if p.dim() == 1 and "bias" not in key and "sinks" not in key and kind != "Gemma3":
+            if p.dim() == 1 and "bias" not in key and "sinks" not in key and "Gemma" not in kind:
                 p.add_(1)
         # Logits of about 1: bounds of tests are absolute.
         net.lm_head.weight.mul_(0.15)

@@ -169,19 +169,19 @@ def test_some_workers_and_views_of_their_own() -> None:
     assert torch.allclose(both[0], first[0], atol=5e-6)
 
 
-def test_mass_is_the_mean_over_layers_heads_and_tokens() -> None:
-    workers = concurrent("llama")
-    ws, _, _ = started(workers)
-    fork = ws.fork()
-    whole = workers.forward(ws, [[1, 2, 3], [4]], mass=True)
-    singles = [workers.forward(fork, [[t], []], mass=True) for t in (1, 2)]
-    last = workers.forward(fork, [[3], [4]], mass=True)
-    # In the last step only are both workers' new tokens seen, so compare what the first one sees.
-    assert torch.allclose(whole.mass.sum(1), torch.ones(2), atol=1e-5)
-    assert all(0 < float(m) < 1 for s in (*singles, last) for m in s.mass[0] if m != 0)
-    common = whole.blocks.index(whole.blocks[0])
-    parts = torch.stack([s.mass[0, common] for s in (*singles, last)])
-    assert torch.isfinite(parts).all()
+@pytest.mark.parametrize("reference", [False, True])
+def test_mass_is_the_mean_over_layers_heads_and_tokens(reference: bool) -> None:
+    net = model("llama")
+    workers = concurrent_model(net, num_pages=32, reference=reference)
+    ws, common, owns = started(workers)
+    result = workers.forward(ws, [[1, 2, 3]], views=[[common, owns[0]]], mass=True)
+    with torch.no_grad():
+        attentions = attention_view(net, "eager")(
+            input_ids=torch.tensor([[*ids_of(21), 1, 2, 3]]), output_attentions=True
+        ).attentions
+    share = torch.stack(attentions)[..., 21:, :21].sum(-1).mean()
+    assert [block.id for block in result.blocks] == [common.id, owns[0].id]
+    assert torch.allclose(result.mass, torch.stack([share, 1 - share])[None], atol=1e-6)
 
 
 # Errors

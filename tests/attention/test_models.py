@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from alignops.integrations.attention import HFConcurrentModel, concurrent_model
-from tests.attention.models import MODELS, VOCAB, cache_name, model
+from tests.attention.models import MODELS, MORE, VOCAB, cache_name, model
 from tests.attention.scenario import LAYOUTS, Engine, play
 from tests.attention.slow_model import SlowModel
 
@@ -60,7 +60,7 @@ def stock_greedy(net: Any, ids: list[int], steps: int) -> tuple[list[int], Tenso
 
 
 @pytest.mark.parametrize("rope_mode", ["raw", "local"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *MORE])
 def test_chunks_of_any_size_give_the_logits_of_the_whole(name: str, rope_mode: str) -> None:
     workers, ids = concurrent(name, rope_mode=rope_mode), ids_of(120)
     expected = stock_logits(model(name), ids)
