@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import random
 from collections.abc import Iterator
@@ -159,6 +160,18 @@ def test_visibility(visibility: str) -> None:
     assert tokens["inclusive"] != tokens["lagged"]
     engine = Engine(concurrent("llama"))
     assert play(engine, "combined", 2, 24, 3, visibility)[0] == tokens[visibility]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", MODELS)
+def test_workers_on_a_gpu_write_what_they_write_on_the_cpu(name: str) -> None:
+    net = copy.deepcopy(model(name)).to("cuda:0")
+    workers = concurrent_model(net, num_pages=PAGES, page_size=16)
+    expected, logits = play(Engine(concurrent(name)), "combined", 2, 24, 5)
+    tokens, found = play(Engine(workers), "combined", 2, 24, 5)
+    assert tokens == expected
+    assert (found.cpu() - logits).abs().max() <= 4e-3  # products in TF32
 
 
 # The real model
