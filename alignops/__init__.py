@@ -9,7 +9,7 @@ from alignops import _native
 from alignops._version import __version__
 
 if _native.library is not None:  # otherwise ALIGNOPS_REFERENCE_ONLY=1
-    from alignops import attention, spans, speculative, ternary
+    from alignops import attention, spans, speculative, ternary, tree
     from alignops.ternary import ternary_linear
 
-__all__ = ["__version__", "attention", "spans", "speculative", "ternary", "ternary_linear"]
+__all__ = ["__version__", "attention", "spans", "speculative", "ternary", "ternary_linear", "tree"]
