@@ -20,6 +20,7 @@ import triton.language as tl
 from .attention_plan import (
     LONGEST,
     PAGE,
+    PAIR,
     ROPE,
     ROW,
     ROWS,
@@ -27,6 +28,7 @@ from .attention_plan import (
     SEGMENTS,
     STEP,
     TOKENS,
+    WEIGHT,
     WORKERS,
     number,
     partition,
@@ -266,6 +268,9 @@ def attend_kernel(
     combine = (number(plan, STEP) == 1) & (number(plan, LONGEST) > 1)
     further = segments.to(tl.int64) * workers + t
     table = plan + tl.load(plan + SEGMENT)
+    page_table = plan + tl.load(plan + PAGE)
+    pair_table = plan + tl.load(plan + PAIR)
+    weights = reals + 2 * tl.load(plan + WEIGHT)
     program = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + part
     turned += (program * tl.num_programs(0) + tl.program_id(0)) * BM * (D0 + D1)
     k += tl.program_id(0).to(tl.int64) * k_h
@@ -300,7 +305,8 @@ def attend_kernel(
                 block += 1
         n = tl.load(entry + 1)
         token = tl.load(entry + 6).to(tl.int32)
-        lo, hi, bias, gain = seen(plan, reals, s, worker, t, n, window, planned, WINDOW)
+        pair = s * workers + worker
+        lo, hi, bias, gain = seen(pair_table, weights, pair, t, n, window, planned, WINDOW)
         left = tl.maximum(begin - token, 0)
         right = tl.minimum(end - token, n.to(tl.int32))
         lo = tl.maximum(lo, left)
@@ -316,16 +322,15 @@ def attend_kernel(
             if (blind == 1) | (all_lo >= all_hi):
                 all_lo = start
                 all_hi = start
-            turn = s * workers + worker
             factor = gain * scale
             if not SOFTCAP:
                 factor *= LOG2E
             q0, q1 = _queries(
-                q, of_row, planned, turns, pairs, turn, further, combine, offset, factor, turned,
+                q, of_row, planned, turns, pairs, pair, further, combine, offset, factor, turned,
                 D, D0, D1, ROTARY, INTERLEAVED, CHUNK, ROUND, DOT,
             )  # fmt: skip
             bias *= LOG2E
-            pages_of = plan + tl.load(plan + PAGE) + tl.load(entry + 2)
+            pages_of = page_table + tl.load(entry + 2)
             first = tl.load(entry + 3).to(tl.int32)
             for key in range(all_lo, all_hi, BN):
                 acc0, acc1, m, norm, of_block = _absorb(

@@ -51,15 +51,16 @@ def segment_of(segments, count, token):
 
 
 @triton.jit
-def seen(plan, reals, s, worker, t, n, window, planned, WINDOW: tl.constexpr):
-    """Keys lo <= i < hi of segment s that rows see (int32; none: hi <= lo), their bias and gain."""
-    pair = s * number(plan, WORKERS) + worker
-    at = plan + tl.load(plan + PAIR) + pair * 4
+def seen(pairs, weights, pair, t, n, window, planned, WINDOW: tl.constexpr):
+    """Keys lo <= i < hi of a segment that rows see (int32; none: hi <= lo), their bias and gain.
+
+    `pairs` and `weights` are the tables, `pair` the entries of segment and workers in them.
+    """
+    at = pairs + pair * 4
     state = tl.load(at, mask=planned, other=HIDDEN)
     limit = tl.load(at + 1, mask=planned, other=0)
-    weight = reals + 2 * (tl.load(plan + WEIGHT) + pair)
-    bias = tl.load(weight, mask=planned, other=0.0)
-    gain = tl.load(weight + 1, mask=planned, other=0.0)
+    bias = tl.load(weights + 2 * pair, mask=planned, other=0.0)
+    gain = tl.load(weights + 2 * pair + 1, mask=planned, other=0.0)
     hi = tl.minimum(limit + tl.where(state == RISING, t, 0), n)
     hi = tl.where((state == HIDDEN) | (bias == float("-inf")), 0, hi)
     lo = tl.zeros_like(hi)
