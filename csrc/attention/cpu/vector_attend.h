@@ -70,8 +70,9 @@ struct Ahead {
     const int64_t first = count * begin / parts;
     return {rows + first, count * end / parts - first, bytes};
   }
+  // Not to stay: what is read once would only drive out what is read again.
   void fetch(int64_t row) const {
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(rows[row] + at, 0, 2);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(rows[row] + at, 0, 0);
   }
   // f(begin, end) for consecutive parts of [begin, end), before each of which a row is fetched.
   template <class F>
@@ -85,11 +86,14 @@ struct Ahead {
   }
 };
 
+// These two loops are functions of their own: inlined, compilers have been seen to keep sums in
+// memory.
+//
 // p[r][key] for kRows queries, q[d][r] and k[d][key]; with kPairs, elements are pairs of bfloat16
 // and `depth` counts pairs.
 template <class S, bool kPairs, int kRows>
-void scores(const float* __restrict q, const float* __restrict k, int64_t depth,
-            float* __restrict p, const Ahead& ahead) {
+[[gnu::noinline]] void scores(const float* __restrict q, const float* __restrict k, int64_t depth,
+                              float* __restrict p, const Ahead& ahead) {
   constexpr int kVectors = kTileKeys / S::kLanes;
   typename S::F sum[kRows][kVectors];
 #pragma GCC unroll 16
@@ -118,8 +122,9 @@ void scores(const float* __restrict q, const float* __restrict k, int64_t depth,
 // acc[r] = alpha[r] acc[r] + sum of p[r][key] v[key] over the keys [begin, end), for kVectors
 // vectors of columns; with kPairs over pairs of keys.
 template <class S, bool kPairs, int kRows, int kVectors>
-void weigh(const float* __restrict p, const float* const* v, int64_t begin, int64_t end,
-           int64_t column, float* const* acc, const float* alpha, const Ahead& ahead) {
+[[gnu::noinline]] void weigh(const float* __restrict p, const float* const* v, int64_t begin,
+                             int64_t end, int64_t column, float* const* acc, const float* alpha,
+                             const Ahead& ahead) {
   typename S::F sum[kRows][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
