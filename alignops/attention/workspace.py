@@ -6,6 +6,7 @@ Source: arXiv 2504.06261 (Hogwild! Inference), section 3.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from alignops import _native
 from alignops._checks import check
+from alignops.attention import files
 from alignops.attention.errors import LayoutError
 from alignops.attention.plan import Plan, PlanMemory
 from alignops.attention.pool import KVPool
@@ -396,6 +398,36 @@ class Workspace:
         other._blocks = WeakValueDictionary()
         other._spare = []
         return other
+
+    # Files
+
+    def save(self, path: str | Path) -> None:
+        """Write blocks, keys, values and workers to a file, without open steps.
+
+        Args:
+            path: of the file, which is replaced at once when everything is written.
+        """
+        files.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path, pool: KVPool | None = None) -> Workspace:
+        """A workspace from a file that `save` wrote; blocks and workers keep their numbers.
+
+        Args:
+            path: of the file.
+            pool: where it goes; None: a new pool on the CPU like that of the file.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is no such file, is damaged, or does not fit the pool.
+            PoolExhausted: too few pages are free.
+        """
+        return files.load(path, pool, cls)
+
+    def _adopt(self, names: Sequence[str]) -> None:
+        """Block objects for those that the native side has."""
+        for id, name in enumerate(names):
+            self._new(id, name)
 
     def stats(self) -> dict[str, int]:
         """Numbers of blocks, workers, segments and tokens of this workspace, and its pages.

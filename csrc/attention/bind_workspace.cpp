@@ -208,6 +208,70 @@ py::dict stats_of(const Workspace& workspace) {
   return out;
 }
 
+// Blocks of a file, into an empty workspace. Segments are rows as `segments_of` makes them, but
+// with the places of pages in the file for page numbers; tokens and `filled` slots are of those
+// pages. Returns the pages that they got.
+Longs restore(Workspace& workspace, const std::vector<std::string>& names, const Numbers& extents,
+              const std::vector<Longs>& segments, const std::vector<Numbers>& entries,
+              const Numbers& tokens, const Numbers& filled) {
+  PagePool& pool = workspace.pool();
+  const int64_t page_size = pool.page_size(), count = static_cast<int64_t>(filled.size());
+  const auto require = [](bool ok, const char* what) {
+    ALIGNOPS_CHECK(ok, "load: the file must have ", what);
+  };
+  require(names.size() == extents.size() && names.size() == segments.size() &&
+              names.size() == entries.size(),
+          "all parts of each block");
+  require(static_cast<int64_t>(tokens.size()) == count * page_size, "a token for each slot");
+  for (const int64_t used : filled) require(used > 0 && used <= page_size, "pages that are in use");
+  for (size_t b = 0; b < names.size(); ++b) {
+    int64_t end = 0, place = 0;
+    require(segments[b].ndim() == 2 && segments[b].shape(1) == 5, "segments of five numbers");
+    for (py::ssize_t i = 0; i < segments[b].shape(0); ++i) {
+      const int64_t* row = segments[b].data(i, 0);
+      require(row[0] > 0 && row[0] <= pool.pages() * page_size && row[1] >= 0 &&
+                  row[1] < page_size && row[2] >= end && row[2] <= extents[b] - row[0],
+              "segments one behind the other");
+      end = row[2] + row[0];
+      const int64_t used = (row[1] + row[0] + page_size - 1) / page_size;
+      require(place + used <= static_cast<int64_t>(entries[b].size()), "pages for all segments");
+      for (int64_t k = 0; k < used; ++k) {
+        const int64_t page = entries[b][static_cast<size_t>(place + k)];
+        require(page >= 0 && page < count, "pages below their number");
+        require(std::min(page_size, row[1] + row[0] - k * page_size) <=
+                    filled[static_cast<size_t>(page)],
+                "segments within what pages hold");
+      }
+      place += used;
+    }
+    require(place == static_cast<int64_t>(entries[b].size()), "no pages without segments");
+  }
+  Numbers pages;
+  pool.take(count, pages, "load");
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t page = pages[static_cast<size_t>(i)];
+    pool.claim(page, 0, filled[static_cast<size_t>(i)]);
+    for (int64_t k = 0; k < page_size; ++k)
+      pool.token(page * page_size + k) = tokens[static_cast<size_t>(i * page_size + k)];
+  }
+  for (size_t b = 0; b < names.size(); ++b) {
+    Block block{std::make_shared<const std::string>(names[b]), {}, extents[b]};
+    Numbers mine;
+    for (const int64_t entry : entries[b]) mine.push_back(pages[static_cast<size_t>(entry)]);
+    const auto list = std::make_shared<PageList>(mine, kListRoom);
+    int64_t place = 0;
+    for (py::ssize_t i = 0; i < segments[b].shape(0); ++i) {
+      const int64_t* row = segments[b].data(i, 0);
+      block.runs.push_back({list, place, row[1], row[0], row[2], row[3], row[4] != 0});
+      place += (row[1] + row[0] + page_size - 1) / page_size;
+    }
+    pool.retain(mine);
+    workspace.restore_block(block);
+  }
+  pool.release(pages);  // blocks hold them now
+  return array_of(pages);
+}
+
 MoveMode mode_of(const std::string& mode) {
   if (mode == "auto") return MoveMode::kAuto;
   if (mode == "splice") return MoveMode::kSplice;
@@ -229,6 +293,20 @@ void bind_pool(py::module_& m) {
       .def_property_readonly("pages", &PagePool::pages)
       .def_property_readonly("page_size", &PagePool::page_size)
       .def_property_readonly("free_pages", &PagePool::free_pages)
+      .def(
+          "slot_tokens",
+          [](PagePool& self, const Numbers& pages) {
+            Numbers tokens;
+            for (const int64_t page : pages) {
+              if (page < 0 || page >= self.pages())
+                throw std::out_of_range(
+                    message("slot_tokens: pages must be below ", self.pages(), ", got ", page));
+              for (int64_t i = 0; i < self.page_size(); ++i)
+                tokens.push_back(self.token(page * self.page_size() + i));
+            }
+            return array_of(tokens);
+          },
+          py::arg("pages"))
       .def("references", [](PagePool& self) { return array_of(self.references()); })
       .def_property_readonly("waiting", &PagePool::waiting);
 }
@@ -333,6 +411,23 @@ void bind_attention_workspace(py::module_& m) {
           py::arg("block"))
       .def("tokens", &tokens_of, py::arg("block"))
       .def("segments", &segments_of, py::arg("block"))
+      .def(
+          "weights",
+          [](const Workspace& self, int64_t worker) {
+            py::list out;
+            for (const Knob& knob :
+                 self.read([&](const Layout& layout) { return worker_at(layout, worker).knobs; }))
+              out.append(py::make_tuple(knob.block, knob.bias, knob.gain));
+            return out;
+          },
+          py::arg("worker"), "Of a worker: (block, bias, gain) that are not (0, 1).")
+      .def_property_readonly(
+          "num_workers",
+          [](const Workspace& self) {
+            return self.read([](const Layout& layout) { return layout.workers.size(); });
+          })
+      .def("restore", &restore, py::arg("names"), py::arg("extents"), py::arg("segments"),
+           py::arg("entries"), py::arg("tokens"), py::arg("filled"))
       .def("fork_block", &Workspace::fork_block, py::arg("block"))
       .def("fork_worker", &Workspace::fork_worker, py::arg("worker"), py::arg("name"))
       .def("fork", [](Workspace& self) { return std::shared_ptr<Workspace>(self.fork()); })
