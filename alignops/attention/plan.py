@@ -101,6 +101,7 @@ class Plan:
         self._pool = pool
         self._local = local
         self._appended = 0
+        self._fitting: set[tuple[int, int, int, bool]] = set()  # sizes that scratch is enough for
         self.rows: int = step.rows
         self.row_ptr = step.row_ptr
         self.counts = tuple(b - a for a, b in zip(self.row_ptr, self.row_ptr[1:], strict=False))
@@ -195,6 +196,8 @@ class Plan:
         """Memory for `concurrent_attention` on the pool's device: uint8, the same for each call."""
         memory, device = self._open("scratch"), self._pool.device
         sizes = (q_heads, kv_heads, v_head_dim, mass)
+        if sizes in self._fitting:
+            return memory.scratch
         if device.type == "cuda":
             widest = max(self._pool.head_dims)
             need = _triton.scratch_bytes(self._host, device, widest, *sizes)
@@ -204,6 +207,7 @@ class Plan:
             memory.scratch = torch.empty(
                 max(need, 2 * len(memory.scratch)), dtype=torch.uint8, device=device
             )
+        self._fitting.add(sizes)
         return memory.scratch
 
     def require(self, layer: int, op: str) -> None:
