@@ -160,9 +160,10 @@ def _run(
         texts = Texts.load()
         most = worker_names(max(workers), texts)
         prompt = prompt_ids(problem, most, texts, tokenizer)
-        # Of two sessions at a time: the prompt, what is written, prefixes and page ends.
+        # Of each session: the prompt, what is written, prefixes and page ends.
         tokens = len(prompt) + len(most) * (3 * forwards + 256)
-        concurrent = concurrent_model(model, num_pages=2 * ceil_div(tokens, PAGE), page_size=PAGE)
+        pages = (len(workers) + 2) * ceil_div(tokens, PAGE)
+        concurrent = concurrent_model(model, num_pages=pages, page_size=PAGE)
 
     def session(count: int, **options: Any) -> HogwildSession:
         return HogwildSession(
@@ -260,10 +261,12 @@ def _measure(
 ) -> list[Speed]:
     """Seconds of the same number of forwards, after the prompt, all contestants in turns."""
     found: dict[tuple[str, int], list[float]] = {}
+    starts = {count: session(count, mass_every=0) for count in sorted({1, *workers})}
+    for start_of in starts.values():
+        start_of.step()  # openings, which are longer
     for turn in range(rounds + 1):
-        for count in sorted({1, *workers}):
-            ours = session(count, mass_every=0)
-            ours.step()  # openings, which are longer
+        for count, start_of in starts.items():
+            ours = start_of.fork()
             start = time.perf_counter()
             for _ in range(forwards):
                 ours.step()
