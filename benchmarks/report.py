@@ -30,7 +30,7 @@ from alignops import testing
 from benchmarks import render, roofline
 
 RESULTS = Path(__file__).parent / "results"
-CORES = ("ternary", "spans", "speculative")
+CORES = ("ternary", "spans", "speculative", "attention")
 
 
 @dataclasses.dataclass

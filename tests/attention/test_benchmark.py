@@ -100,3 +100,56 @@ def test_copies_do_not_fit_into_caches() -> None:
     case = _case("1 segment", 1, torch.bfloat16)
     assert case.bytes == 2 * 2 * 400 * 2 * 64
     assert case.layers * case.bytes > 256 << 20
+
+
+def test_page_picture_and_figures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra [bench]")
+    from benchmarks import render, report
+
+    kind = report.report_of("attention")
+    environment = {
+        **{"cores": 2, "cpu": "a CPU", "date": "2026-01-01T00:00:00", "isa": "avx2"},
+        **{"alignops": "0", "torch": "0", "python": "0", "minutes": 1, "quick": False},
+        **{"load_before": 0.0, "niceness": 0, "absent": []},
+        "limits": {"1": {"read_GBps": 20.0}, "2": {"read_GBps": 30.0}},
+    }
+    entry = {"threads": 2, "bytes": 10**8, "least_s": 4e-3, "ratio": 0.5}
+    measured = [
+        {**entry, "case": f"M, S=16k, headers, float32, W={w}, 2 threads", "name": name,
+         "seconds": (1 + (name == "B2")) * 4e-3}
+        for w in (1, 2, 4)
+        for name in ("alignops", "B2", "read")
+    ]  # fmt: skip
+    what = "against B2, headers"
+    bars = [
+        {"what": what, "case": "c", "value": value, "bar": 1.0, "unit": "x", "note": "",
+         "at_most": False, "hit": value >= 1.0}
+        for value in (2.0, 0.9)
+    ]  # fmt: skip
+    document = {"environment": environment, "measurements": measured, "bars": bars}
+    page = render.markdown(document, "picture.png", kind)
+    assert f"| {what} | 1 | 0.9 - 2 x | **missed in part**, 1 of 2 |" in page
+    assert "| B2 | 8000.0 us | 0.50 |" in page
+    assert "| 2 | 30.0 |" in page
+    kind.plot(document, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+    assert f"| {what} | 0.9 - 2 x |" in kind.readme(document, "name")
+
+
+def test_bars_are_those_of_the_cases() -> None:
+    from benchmarks import attention_report as report
+
+    rows = report.rows(quick=False)
+    for dtype in (torch.float32, torch.bfloat16):
+        for pattern in report.B2_BARS:
+            row = next(
+                r
+                for r in rows
+                if (r.model, r.tokens, r.pattern, r.dtype) == (report.MODEL, 16384, pattern, dtype)
+            )
+            assert row.all_threads
+            assert {1, 2, 4} <= set(row.workers)
+            assert "B2" in row.peers
+    assert {r.tokens for r in rows} == {300, 1024, 4096, 16384, 65536}
+    assert {w for r in rows for w in r.workers} == {1, 2, 4, 8}
+    assert all("B2" in r.peers for r in (*rows, *report.rows(quick=True)))
