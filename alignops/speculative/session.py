@@ -16,6 +16,7 @@ from torch import Tensor
 
 from alignops._checks import check
 from alignops.speculative.adapter import Batch, Drafter, Drafts, ModelAdapter, Sampling
+from alignops.speculative.interrupts import deferred_interrupt
 from alignops.speculative.invariants import CheckedAdapter
 from alignops.speculative.placement import (
     PLACEMENTS,
@@ -413,16 +414,17 @@ class SpecSession:
         return out
 
     def commit(self, out: VerifyOut) -> Round:
-        """Make a round's tokens part of the text.
+        """Make a round's tokens part of the text, wholly or, if an error is raised, not at all.
+
+        Ctrl-C waits until the round is written; `tokens_of` has its tokens then.
 
         Raises:
             ValueError: logits of a row held NaN, or nothing was possible; nothing is committed.
             RuntimeError: no row has emitted anything, for want of drafts.
         """
         assert self._drafts is not None
-        drafts, clock = self._drafts, self.stats.clock
-        n, k = drafts.ids.shape
-        with clock.phase("host"):
+        drafts = self._drafts
+        with self.stats.clock.phase("host"):
             offered = (drafts.ids >= 0).sum(1)
             columns = [out.num_emitted, out.accept_len, out.finished, out.row_error, offered]
             report = torch.cat([torch.stack([c.long() for c in columns], 1), out.tokens], 1)
@@ -434,6 +436,15 @@ class SpecSession:
                 f"commit: no row has emitted a token: the rule {self.rule} needs drafts, and there "
                 "were none"
             )
+        with deferred_interrupt():
+            return self._apply(out, drafts, offered, rows)
+
+    def _apply(
+        self, out: VerifyOut, drafts: Drafts, offered: Tensor, rows: list[list[int]]
+    ) -> Round:
+        """Write a round to everything that knows of the text; `rows` is the report of `commit`."""
+        clock = self.stats.clock
+        n, k = drafts.ids.shape
         with clock.phase("schedule"):
             host = self._host[:n]
             emitted = [row[0] for row in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from typing import Any
 
 import pytest
@@ -159,6 +160,35 @@ def test_interrupted_rounds_are_made_again(layout: str) -> None:
     got = [session.tokens_of(row).tolist() for row in range(3)]
     assert got == [p.tolist() + t for p, t in zip(asked, alone, strict=True)]
     assert session.stats.acceptance == 1
+
+
+@pytest.mark.parametrize("layout", ["ragged", "defer", "realign", "rollback"])
+def test_ctrl_c_waits_for_the_end_of_a_commit(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = prompts([4, 9, 2])
+    alone = texts(model(), asked, 12)
+    session = _session(ModelDrafter(HFAdapter(model())), layout=layout, num_draft_tokens=2)
+    session.prefill(asked, 12)
+    commit = session.placement.commit
+
+    def interrupted(emitted: Any) -> None:
+        signal.raise_signal(signal.SIGINT)  # text is written, lengths are not
+        commit(emitted)
+
+    monkeypatch.setattr(session.placement, "commit", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupts = 0
+    try:
+        while session.active:
+            try:
+                _round(session)
+            except KeyboardInterrupt:
+                interrupts += 1
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert interrupts == session.stats.rounds > 0
+    got = [session.tokens_of(row).tolist() for row in range(3)]
+    assert got == [p.tolist() + t for p, t in zip(asked, alone, strict=True)]
 
 
 @pytest.mark.parametrize("layout", ["ragged", "defer", "realign"])
