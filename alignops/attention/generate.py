@@ -116,7 +116,8 @@ def hogwild_generate(
     there is.
 
     Args:
-        model: a causal language model of transformers, or a `ConcurrentModel`.
+        model: a causal language model of transformers, or a `ConcurrentModel`; settings of sampling
+            are its `generation_config`, if it has one.
         tokenizer: of the model.
         prompt: the task, or token ids; see `HogwildSession`.
         workers: how many, or their names.

@@ -118,6 +118,7 @@ class HFConcurrentModel:
         max_length: the model's maximum of positions.
         device: of pool and logits.
         rope_mode: "raw" or "local".
+        generation_config: the model's settings of sampling; None: it has none.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class HFConcurrentModel:
         self.max_length = limit if isinstance(limit, int) else None
         self.device = view.device
         self.rope_mode = rope_mode
+        self.generation_config: Any = getattr(view, "generation_config", None)
         self._view = view
         self._strict = strict_positions
         self._warned = False

@@ -244,6 +244,8 @@ def test_sampling_is_of_the_models_settings_or_the_callers() -> None:
     cold = hogwild_generate(model, TOKENIZER, "Q", temperature=0, **options)
     top = hogwild_generate(model, TOKENIZER, "Q", top_k=1, **options)
     assert greedy.tokens == cold.tokens == top.tokens
+    shared = concurrent_model(model, num_pages=100)
+    assert hogwild_generate(shared, TOKENIZER, "Q", **options).tokens == hot.tokens
     assert hot.tokens != greedy.tokens
 
 
