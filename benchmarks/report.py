@@ -30,7 +30,7 @@ from alignops import testing
 from benchmarks import render, roofline
 
 RESULTS = Path(__file__).parent / "results"
-CORES = ("ternary", "spans", "speculative", "attention")
+CORES = ("ternary", "spans", "speculative", "attention", "tree")
 
 
 @dataclasses.dataclass
