@@ -68,8 +68,9 @@ cpp_tests() {
 cpp_threads() { # what several threads share
   cmake -S . -B build/threads -G Ninja -DCMAKE_BUILD_TYPE=Release -DALIGNOPS_TESTS=ON \
     -DALIGNOPS_SANITIZERS=thread -DALIGNOPS_WERROR=ON >/dev/null
-  cmake --build build/threads --target attention_test
+  cmake --build build/threads --target attention_test tree_test
   build/threads/attention_test
+  build/threads/tree_test
 }
 
 benchmarks() {
