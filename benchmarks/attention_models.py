@@ -43,7 +43,7 @@ def section(report: AttentionReport) -> Iterator[str]:
 def _context(
     report: AttentionReport, model: Any, tokenizer: Any, context: int, threads: int
 ) -> Iterator[str]:
-    case = f"SmolLM2-135M, S={context // 1024}k, float32, {threads} threads"
+    case = f"SmolLM2-135M, S={context // 1024}k, float32, {threads} thread{'s' * (threads > 1)}"
     yield case
     prompt = torch.cat(smollm.code_prompts(tokenizer, context // 1024, (1024, 1024)))
     tokens = QUICK_TOKENS if report.quick else NEW_TOKENS

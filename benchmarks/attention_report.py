@@ -195,6 +195,13 @@ def _against_peers(
         what = f"against {peer}, {row.pattern}"
         report.bar(what, name, seconds[peer] / seconds["alignops"], bar, "x")
     read = roofline.BUFFER_BYTES / seconds["read"]
+    report.bar(
+        f"what the bandwidth allows against B2, {row.pattern}",
+        name,
+        seconds["B2"] * read / case.bytes,
+        None,
+        "x",
+    )
     large = row.tokens >= BANDWIDTH_TOKENS and workers <= BANDWIDTH_WORKERS and everywhere
     report.bar(
         f"share of the read bandwidth, {str(case.dtype).removeprefix('torch.')}",
