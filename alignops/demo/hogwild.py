@@ -12,6 +12,7 @@ import inspect
 import json
 import time
 from collections.abc import Sequence
+from copy import copy, deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -82,16 +83,26 @@ class Plain:
 
         # Renamed between releases of transformers.
         names = inspect.signature(model.forward).parameters
-        self._cache = {"cache" if "cache" in names else "past_key_values": DynamicCache()}
+        self._name = "cache" if "cache" in names else "past_key_values"
+        self._cache = DynamicCache()
         self._model = model
-        self._rows = rows
+        self._rows = 1
         self.next = self.feed(ids)
+        self._rows = rows
+        self._cache.batch_repeat_interleave(rows)
+
+    def fork(self) -> Plain:
+        """The same with a cache of its own."""
+        twin = copy(self)
+        twin._cache = deepcopy(self._cache)
+        return twin
 
     @torch.no_grad()
     def feed(self, ids: Sequence[int]) -> int:
         """Feed tokens to every row; returns the most likely next one of the first row."""
         inputs = torch.tensor([list(ids)] * self._rows)
-        logits = self._model(inputs, **self._cache, use_cache=True, logits_to_keep=1).logits
+        options = {self._name: self._cache, "use_cache": True, "logits_to_keep": 1}
+        logits = self._model(inputs, **options).logits
         self.next = int(logits[:, -1].argmax(-1)[0])
         return self.next
 
@@ -264,6 +275,7 @@ def _measure(
     starts = {count: session(count, mass_every=0) for count in sorted({1, *workers})}
     for start_of in starts.values():
         start_of.step()  # openings, which are longer
+    plains = {count: Plain(model, s.prompt_ids, count) for count, s in starts.items()}
     for turn in range(rounds + 1):
         for count, start_of in starts.items():
             ours = start_of.fork()
@@ -271,8 +283,7 @@ def _measure(
             for _ in range(forwards):
                 ours.step()
             seconds = {"ours": time.perf_counter() - start}
-            plain = Plain(model, ours.prompt_ids, count)
-            plain.feed([plain.next])
+            plain = plains[count].fork()
             start = time.perf_counter()
             for _ in range(forwards):
                 plain.feed([plain.next])
