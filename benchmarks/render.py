@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -140,3 +141,20 @@ def with_figures(page: str, core: str, name: str, figures: str) -> str:
     mark = figures_mark(core)
     block = f"<!-- {mark}: {name} -->\n{figures}\n<!-- end of {mark} -->"
     return readme_block(core).sub(lambda _: block, page, count=1)
+
+
+def claims(document: dict[str, Any], name: str, rows: Sequence[str]) -> str:
+    """Figures for the README: of each bar named in `rows` the range over its cases."""
+    facts = document["environment"]
+    shown = []
+    for what in rows:
+        found = [bar for bar in document["bars"] if bar["what"] == what and bar["bar"] is not None]
+        if found:
+            ends = sorted(bar["value"] for bar in found)
+            ranges = " - ".join(dict.fromkeys(f"{value:.3g}" for value in (ends[0], ends[-1])))
+            shown.append([what, f"{ranges} {found[0]['unit']}".strip()])
+    return f"""\
+{table(["", "measured"], shown)}
+
+Measured on {facts["cpu"]}, {facts["cores"]} cores, {facts["date"][:10]}.
+[All figures, bars reached and missed](benchmarks/results/{name}.md)."""

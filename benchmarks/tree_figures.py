@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.render import table
+from benchmarks.render import claims
 
 README_ROWS = (
     "bookkeeping of a simulation",
@@ -38,17 +38,5 @@ def plot(document: dict[str, Any], path: Path) -> None:
 
 
 def readme(document: dict[str, Any], name: str) -> str:
-    """The figures of the core in the README: the range of each claim over its cases."""
-    facts = document["environment"]
-    rows = []
-    for what in README_ROWS:
-        found = [bar for bar in document["bars"] if bar["what"] == what and bar["bar"] is not None]
-        if found:
-            ends = sorted(bar["value"] for bar in found)
-            shown = " - ".join(dict.fromkeys(f"{value:.3g}" for value in (ends[0], ends[-1])))
-            rows.append([what, f"{shown} {found[0]['unit']}"])
-    return f"""\
-{table(["", "measured"], rows)}
-
-Measured on {facts["cpu"]}, {facts["cores"]} cores, {facts["date"][:10]}.
-[All figures, bars reached and missed](benchmarks/results/{name}.md)."""
+    """The figures of the core in the README."""
+    return claims(document, name, README_ROWS)
