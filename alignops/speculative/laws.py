@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import struct
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,10 +75,8 @@ def threshold(word: int, total: int) -> int:
     return (word * total) >> 32
 
 
-def philox(seed: int, position: int, stream: int, lanes: Tensor) -> Tensor:
-    """Four random words, int64 (n, 4), for each of some lanes: Philox4x32-10."""
-    zero = torch.zeros_like(lanes)
-    counter = [zero + (position & _LOW), zero + stream, lanes, zero]
+def _philox(seed: int, counter: list[Any]) -> list[Any]:
+    """Philox4x32-10 of a counter of four integers, or of four int64 tensors."""
     key = [seed & _LOW, seed >> 32 & _LOW]
     for _ in range(10):
         first, second = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
@@ -88,12 +87,19 @@ def philox(seed: int, position: int, stream: int, lanes: Tensor) -> Tensor:
             first & _LOW,
         ]
         key = [(key[0] + 0x9E3779B9) & _LOW, (key[1] + 0xBB67AE85) & _LOW]
-    return torch.stack(counter, -1)
+    return counter
+
+
+def philox(seed: int, position: int, stream: int, lanes: Tensor) -> Tensor:
+    """Four random words, int64 (n, 4), for each of some lanes: Philox4x32-10."""
+    zero = torch.zeros_like(lanes)
+    counter = [zero + (position & _LOW), zero + stream, lanes, zero]
+    return torch.stack(_philox(seed, counter), -1)
 
 
 def word(seed: int, position: int, stream: int) -> int:
-    """A random word in [0, 2**32)."""
-    return int(philox(seed, position, stream, torch.zeros(1, dtype=torch.int64))[0, 0])
+    """A random word in [0, 2**32): that of lane 0."""
+    return int(_philox(seed, [position & _LOW, stream, 0, 0])[0])
 
 
 def race_noise(seed: int, position: int, ids: Tensor) -> Tensor:
