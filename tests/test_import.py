@@ -43,6 +43,12 @@ def test_import_loads_no_optional_package(module: str) -> None:
     assert result.stdout.split() == []
 
 
+def test_import_needs_no_progress_bars() -> None:
+    """Torch imports tqdm where it is installed, so the test above cannot see it."""
+    result = python("import sys; sys.modules['tqdm'] = None; import alignops")
+    assert result.returncode == 0, result.stderr
+
+
 def test_every_public_name_exists_and_is_documented() -> None:
     for name in alignops.__all__:
         value = getattr(alignops, name)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from alignops._checks import check
+from alignops.tree._progress import Bar
 from alignops.tree.errors import CallbackError
 from alignops.tree.policies import SubtreeMean, p_aligner
 from alignops.tree.store import Leaves, TreeStore
@@ -120,8 +120,10 @@ def instruct_search(
     policy = p_aligner(w)
     store = TreeStore(len(instructions), policy, SubtreeMean(), capacity=iters + 2)
     run = _Run(store, instructions, each, rewrite, respond, score, responses, seed)
-    for _ in tqdm(range(iters), desc="instructions", disable=not progress):
-        run.step()
+    with Bar(progress, "instructions", "wording", iters) as bar:
+        for i in range(iters):
+            run.step()
+            bar.at(i + 1)
     return run.results(), store
 
 

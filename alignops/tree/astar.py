@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from alignops._checks import check
+from alignops.tree._progress import Bar
 from alignops.tree.errors import CallbackError, InvalidValueError
 from alignops.tree.policies import Greedy, Max
 from alignops.tree.store import Leaves, TreeStore
@@ -145,7 +145,8 @@ def astar_decode(
     store = TreeStore(len(roots), Greedy(), Max(), edge_capacity=1 << 26)
     if roots:
         _open_roots(store, searches, _scores(score([(root, ()) for root in roots]), len(roots)))
-    with tqdm(desc="A*", unit="round", disable=not progress) as bar:
+    rounds = 0
+    with Bar(progress, "A*", "round") as bar:
         while True:
             chosen = _pop(searches, beam, scope, bounds, continue_until_budget)
             if not chosen:
@@ -165,7 +166,8 @@ def astar_decode(
             ]
             r = _scores(score(new), len(new)) if new else torch.empty(0)
             _push(store, searches, chosen, proposals, r, cost, scope, frontier_cap)
-            bar.update()
+            rounds += 1
+            bar.at(rounds)
     return [_answer(store, search, t) for t, search in enumerate(searches)], store
 
 

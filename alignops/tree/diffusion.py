@@ -19,9 +19,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from alignops._checks import check
+from alignops.tree._progress import Bar
 from alignops.tree.policies import Soft, dts, dts_star
 from alignops.tree.store import Leaves, TreeStore
 
@@ -126,10 +126,10 @@ def dts_sample(
     policy = dts(rate, width, growth) if mode == "dts" else dts_star(c_uct, width, growth)
     store = TreeStore(1, policy, Soft(rate), capacity=1 << 22, seed=seed)
     sampler = _Sampler(init, step, reward, [*times, 0], store, seed, nfe_of)
-    with tqdm(total=nfe_budget, desc="dts", unit="nfe", disable=not progress) as bar:
+    with Bar(progress, "dts", "nfe", nfe_budget) as bar:
         while sampler.nfe < nfe_budget:
             sampler.simulate(batch_leaves)
-            bar.update(sampler.nfe - bar.n)
+            bar.at(sampler.nfe)
     log_z = float(store.gather("value", torch.zeros(1).int(), store.trees().root)[0])
     states, rewards = sampler.states.rows(), sampler.rewards.rows()
     return DtsResult(store, states, rewards, rate, log_z, sampler.nfe)

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from alignops._checks import check
+from alignops.tree._progress import Bar
 from alignops.tree.errors import CallbackError, CapacityError, InvalidValueError
 from alignops.tree.policies import Backup, Policy
 from alignops.tree.store import Leaves, TreeStore
@@ -418,7 +418,7 @@ def search(
         on_event=on_event,
     )
     status = "exhausted" if not root_states else searcher.spent(budget)
-    with tqdm(total=budget.sims, desc="search", unit="sim", disable=not progress) as bar:
+    with Bar(progress, "search", "sim", budget.sims) as bar:
         while status is None:
             try:
                 searcher.step()
@@ -428,7 +428,7 @@ def search(
             except CapacityError:
                 status = "nodes"
                 break
-            bar.update(searcher.counts["sims"] - bar.n)
+            bar.at(searcher.counts["sims"])
             status = searcher.spent(budget)
     return searcher.result(status)
 

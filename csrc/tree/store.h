@@ -138,8 +138,6 @@ class Store {
   // Cuts the edges into children that `keep` refuses; they keep their statistics. The nodes below
   // are dead. Throws StateError if a selection is in flight.
   int64_t prune(int64_t t, const Keep& keep);
-  // Nodes that are not below the root.
-  int64_t dead(int64_t t) const;
 
   Snapshot mark() const;
   // Throws std::invalid_argument if the mark is of another number of trees.

@@ -28,10 +28,6 @@ std::vector<int32_t> Store::below_root(int64_t t) const {
   return ids;
 }
 
-int64_t Store::dead(int64_t t) const {
-  return tree(t).nodes - static_cast<int64_t>(below_root(t).size());
-}
-
 void Store::reroot(int64_t t, int64_t slot) {
   const char* op = "TreeStore.reroot";
   check_idle(t, op);

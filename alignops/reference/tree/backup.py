@@ -49,12 +49,6 @@ def shared(value: float, n: float, weight: float, score: float) -> tuple[float, 
     return (value * n + weight * score) / (n + weight), n + weight
 
 
-def cosine(a: Array, b: Array) -> float:
-    """Cosine of two embeddings; 0 if one of them is 0."""
-    size = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return float(a @ b) / size if size > 0 else 0.0
-
-
 def astar_cost(g: float, h_parent: float, h: float, rule: str, logprob: float = 0.0) -> float:
     """A*-decoding (arXiv 2505.13672): g of a state from that of its parent; h = 1 - r.
 

@@ -80,11 +80,6 @@ def boltzmann(q: Array, weight: Array, inverse_temperature: float) -> Array:
     return np.asarray(mass / mass.sum(), np.float64)
 
 
-def with_noise(prior: Array, noise: Array, fraction: float) -> Array:
-    """Priors of a root: (1 - fraction) P + fraction noise."""
-    return (1 - fraction) * prior + fraction * noise
-
-
 def mixed_value(raw: float, q: Array, prior: Array, visits: Array) -> float:
     """Gumbel MuZero's v_mix: the value of an edge that was never visited."""
     seen = visits > 0
@@ -135,11 +130,6 @@ def halving_table(considered: int, simulations: int) -> list[int]:
             visits[:left] = [v + 1 for v in visits[:left]]
         left = max(2, left // 2)
     return table[:simulations]
-
-
-def gumbel_root(gumbel: Array, logits: Array, sigma: Array, visits: Array, required: int) -> Array:
-    """Gumbel MuZero at the root: g + logit + sigma(q) where N is as required, else -inf."""
-    return np.where(visits == required, gumbel + logits + sigma, -np.inf)
 
 
 def widening(n: float, c: float, alpha: float) -> int:
